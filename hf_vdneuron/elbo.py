@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The evidence lower bound of a whole model: its KL term, its prior, its noise.
+
+.. math:: ELBO = \mathbb E_q \log p(Y | W, X) - KL(q \| p_\theta)
+
+It is minimised per example, as `nll + kl_weight * kl / num_data` (1). A training loop calls, per optimizer step:
+`kl_divergence` after the forward, and `em_step_` after the optimizer.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.functional import PriorStatistics
+from hf_vdneuron.layers import VariationalLayer
+
+
+__all__ = ["em_step_", "init_priors_", "kl_divergence", "num_weights", "set_variational_", "variational_layers"]
+
+
+def variational_layers(model: nn.Module) -> dict[str, VariationalLayer]:
+    """List a model's variational layers; a layer that is used several times counts once.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Path of each layer, and the layer.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, VariationalLayer)}
+
+
+def num_weights(model: nn.Module) -> int:
+    """Count the weights that have a posterior.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Their number, 0 for a dense model.
+    """
+    return sum(layer.log_var.numel() for layer in variational_layers(model).values())
+
+
+def set_variational_(model: nn.Module, *, noise: bool, collect_kl: bool, frozen: bool = False) -> None:
+    """Switch noise, KL and the posterior's own parameters on or off in all layers, in place.
+
+    Args:
+        model: A patched model.
+        noise: Whether training draws weights from the posterior.
+        collect_kl: Whether a training forward computes its KL and the statistics of the E step.
+        frozen: Whether log-variances and group scales stand still, with a gradient of zero.
+    """
+    for layer in variational_layers(model).values():
+        layer.noise, layer.collect_kl, layer.frozen = noise, collect_kl, frozen
+        layer.kl, layer.statistics = None, None
+
+
+def kl_divergence(model: nn.Module) -> Tensor:
+    """Take the KL bound (6) that the latest training forward left in each layer, and sum it.
+
+    Each layer forgets its share, so that no divergence is counted twice and no graph outlives its step.
+
+    Args:
+        model: A patched model.
+
+    Returns:
+        Scalar in nats, differentiable once.
+
+    Raises:
+        RuntimeError: If a layer has none.
+    """
+    divergences = []
+    for name, layer in variational_layers(model).items():
+        if layer.kl is None:
+            raise RuntimeError(
+                f"Layer `{name}` has no KL: call `set_variational_(model, noise=True, collect_kl=True)`, then run a "
+                "forward in training mode."
+            )
+        divergences.append(layer.kl)
+        layer.kl = None
+    if not divergences:
+        raise RuntimeError("The model has no variational layer: call `patch_model_` first.")
+    return torch.stack(divergences).sum()
+
+
+def em_step_(model: nn.Module) -> None:
+    r"""Move the prior of every layer by one step of EM (7, 8), in place, and forget the statistics it used.
+
+    Call it once per optimizer step: the statistics are those of the latest training forward. Layers without any are
+    left alone.
+
+    Args:
+        model: A patched model.
+    """
+    _update_priors_(model, lambda layer: layer.statistics, lambda layer, sums: layer.prior.m_step_(sums))
+    for layer in variational_layers(model).values():
+        layer.statistics = None
+
+
+def init_priors_(model: nn.Module) -> None:
+    """Start the prior of every layer from its weights, in place.
+
+    Args:
+        model: A patched model.
+    """
+    _update_priors_(model, lambda layer: layer.initial_statistics(), lambda layer, sums: layer.prior.init_(sums))
+
+
+def _update_priors_(
+    model: nn.Module,
+    collect: Callable[[VariationalLayer], PriorStatistics | None],
+    update_: Callable[[VariationalLayer, PriorStatistics], object],
+) -> None:
+    """Sum statistics over the layers that share a prior, then hand every one of them the same sums."""
+    sharing: dict[str, list[VariationalLayer]] = defaultdict(list)
+    for layer in variational_layers(model).values():
+        sharing[layer.prior.key].append(layer)
+    for layers in sharing.values():
+        collected = [sums for layer in layers if (sums := collect(layer)) is not None]
+        if len(collected) == len(layers):
+            total = PriorStatistics(*(torch.stack(parts).sum(0) for parts in zip(*collected, strict=True)))
+            for layer in layers:
+                update_(layer, total)

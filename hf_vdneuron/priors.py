@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The learned prior of a weight matrix: parameters :math:`\theta` per group, moved by EM and never by gradient.
+
+Which method this is: not the log-uniform prior of variational dropout, but a *learned* scale per group of weights
+(empirical Bayes, also called ARD), with a group the size of a neuron or a head.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.functional import PriorStatistics, Theta
+
+
+__all__ = ["GaussianMixturePrior", "GroupGaussianPrior", "GroupPrior"]
+
+#: Mixture weights are projected into [floor, 1 - floor]: a component may become rare, but it can always come back.
+#: One in a million is less than one weight of the largest group in use.
+MIXTURE_WEIGHT_FLOOR = 1e-6
+
+
+def variance_floor(dtype: torch.dtype) -> float:
+    """Smallest prior variance: its inverse stays a factor `1 / eps` away from overflow.
+
+    Args:
+        dtype: Floating type of the prior.
+
+    Returns:
+        The floor, about 1e-31 in float32.
+    """
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps
+
+
+class GroupPrior(nn.Module, ABC):
+    r"""Prior of one weight matrix whose features are dealt out to groups.
+
+    Args:
+        feature_group: Group of each feature along the group axis of the weight, shape `(num_features,)`, integer.
+        num_groups: Number of groups, :math:`G`.
+        key: Name of the prior. Matrices whose priors have the same key share :math:`\theta`: their statistics are
+            summed before the M step, and each holds its own equal copy, so that a layer needs no other.
+        dtype: Floating type of :math:`\theta`.
+    """
+
+    num_components: ClassVar[int]
+    feature_group: Tensor
+    mixture_weights: Tensor
+    prior_scales: Tensor
+
+    def __init__(
+        self, feature_group: Tensor, *, num_groups: int, key: str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.key = key
+        theta = torch.ones(self.num_components, num_groups, dtype=dtype, device=feature_group.device)
+        self.register_buffer("feature_group", feature_group, persistent=False)
+        self.register_buffer("mixture_weights", theta / self.num_components)
+        self.register_buffer("prior_scales", theta.clone())
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return self.prior_scales.shape[1]
+
+    @abstractmethod
+    def initial_variances(self, variance: Tensor) -> Tensor:
+        r"""Spread the components around the mean second moment of a group.
+
+        Args:
+            variance: Mean of :math:`\tilde W^2` over each group, shape `(G,)`.
+
+        Returns:
+            Component variances, shape `(K, G)`, not increasing over the first axis.
+        """
+
+    def theta(self) -> Theta:
+        """Return the parameters of each feature's group.
+
+        Returns:
+            Parameters of shape `(K, num_features)`.
+        """
+        return Theta(self.mixture_weights[:, self.feature_group], self.prior_scales[:, self.feature_group])
+
+    def pool(self, statistics: PriorStatistics) -> PriorStatistics:
+        """Sum statistics over the features of each group.
+
+        Args:
+            statistics: Sums per feature, shape `(K, num_features)`.
+
+        Returns:
+            Sums per group, shape `(K, G)`.
+        """
+        return PriorStatistics(*(self._pool(sums) for sums in statistics))
+
+    def _pool(self, sums: Tensor) -> Tensor:
+        zeros = sums.new_zeros(len(sums), self.num_groups)
+        return zeros.index_add_(1, self.feature_group, sums)
+
+    @torch.no_grad()
+    def init_(self, statistics: PriorStatistics) -> "GroupPrior":
+        r"""Set :math:`\theta` from the weights alone, in place: equal mixture weights, spread scales.
+
+        Args:
+            statistics: Number of weights and sum of :math:`\tilde W^2` per group, shape `(1, G)`.
+
+        Returns:
+            Itself.
+        """
+        variance = (statistics.moment / statistics.resp).squeeze(0)
+        self.mixture_weights.fill_(1 / self.num_components)
+        self._set_variances_(self.initial_variances(variance.to(self.prior_scales.dtype)))
+        return self
+
+    @torch.no_grad()
+    def m_step_(self, statistics: PriorStatistics) -> "GroupPrior":
+        r"""M step (8), in place.
+
+        .. math:: p_k = \mathrm{mean}\, r_k, \qquad \sigma_k^2 = \sum r_k \tilde W^2 / \sum r_k
+
+        Floors are projections onto a convex set of a unimodal objective, so the bound still never decreases. A
+        component that no weight belongs to keeps its scale, as any scale is then equally good.
+
+        Args:
+            statistics: Sums of the E step per group, shape `(K, G)`.
+
+        Returns:
+            Itself.
+        """
+        resp, moment = (sums.to(self.prior_scales.dtype) for sums in statistics)
+        if self.num_components > 1:
+            share = resp / resp.sum(0)
+            self.mixture_weights.copy_(share.clamp(MIXTURE_WEIGHT_FLOOR, 1 - MIXTURE_WEIGHT_FLOOR))
+        self._set_variances_(torch.where(resp > 0, moment / resp, self.prior_scales.square()))
+        return self
+
+    def _set_variances_(self, variances: Tensor) -> None:
+        self.prior_scales.copy_(variances.clamp_min(variance_floor(variances.dtype)).sqrt())
+
+    def extra_repr(self) -> str:
+        """Describe the prior in a printed model.
+
+        Returns:
+            Key and number of groups.
+        """
+        return f"key={self.key!r}, num_groups={self.num_groups}"
+
+
+class GroupGaussianPrior(GroupPrior):
+    r"""Group prior (2): all weights of a group share one scale. The M step is its closed form."""
+
+    num_components = 1
+
+    def initial_variances(self, variance: Tensor) -> Tensor:
+        r"""Return the closed form, :math:`\sigma^2 = \mathrm{mean}\,\tilde W^2`.
+
+        Args:
+            variance: Mean of :math:`\tilde W^2` over each group, shape `(G,)`.
+
+        Returns:
+            The same, shape `(1, G)`.
+        """
+        return variance[None]
+
+
+class GaussianMixturePrior(GroupPrior):
+    r"""Mixture prior (3): a group may hold large weights beside small ones.
+
+    Component 0 is the wide one. EM keeps that order: responsibilities of the wide component grow with
+    :math:`\tilde W^2`, so its weighted mean stays the larger.
+    """
+
+    num_components = 2
+
+    #: Start of the two variances relative to the mean second moment (method: Conventions). They must differ, as equal
+    #: components are a fixed point of EM.
+    SPREAD: ClassVar[tuple[float, float]] = (2.0, 0.2)
+
+    def initial_variances(self, variance: Tensor) -> Tensor:
+        r"""Return :math:`2` and :math:`0.2` times the mean second moment.
+
+        Args:
+            variance: Mean of :math:`\tilde W^2` over each group, shape `(G,)`.
+
+        Returns:
+            Variances of the wide and the narrow component, shape `(2, G)`.
+        """
+        return torch.stack([factor * variance for factor in self.SPREAD])

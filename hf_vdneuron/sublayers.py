@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unit of pruning: heads and neurons as coupled slices of weight matrices.
+
+A *sub-layer* is one attention block or one feed-forward block. Its *units* (heads, neurons, channels) are what can be
+removed. A unit lives in several weight matrices at once: rows of the matrices that make it, columns of the matrix that
+reads it. Patching, relevance, budget, pruning and reporting all speak of these objects; only `architectures` and
+`chains` know where they lie in a model.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["Axis", "Role", "Side", "SideName", "Slice", "Sublayer", "Unit"]
+
+
+class Axis(StrEnum):
+    """Which features of a weight matrix a slice runs over."""
+
+    OUT = "out"
+    """Output features: rows of a linear layer, filters of a convolution."""
+    IN = "in"
+    """Input features: columns of a linear layer, input channels of a convolution."""
+
+
+class Role(StrEnum):
+    """Position of a weight matrix in its sub-layer."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUTPUT = "attention_output"
+    INTERMEDIATE = "intermediate"
+    OUTPUT = "output"
+    NORM = "norm"
+
+
+class Unit(StrEnum):
+    """What a sub-layer is made of, and loses."""
+
+    HEAD = "head"
+    NEURON = "neuron"
+
+
+class SideName(StrEnum):
+    """The two ends of a unit; either alone makes it contribute nothing but a constant."""
+
+    IN = "in"
+    """The matrices that make the unit: value rows of a head, intermediate rows of a neuron."""
+    OUT = "out"
+    """The matrix that reads the unit: columns of the output projection."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The features of one weight matrix that belong to the units of a sub-layer.
+
+    Unit `k` owns features `offset + k * stride, ..., offset + k * stride + size - 1` along `axis`.
+
+    Args:
+        module: Path of the module that holds the weight, from the root of the model.
+        role: Position of that weight in the sub-layer.
+        axis: Whether the features are outputs (rows) or inputs (columns) of the module.
+        size: Features per unit, at least 1 (the head size; 1 for a neuron).
+        stride: Distance between the first features of neighbouring units; `size` when units are packed.
+        offset: First feature of unit 0 (fused matrices hold several slices behind one another).
+    """
+
+    module: str
+    role: Role
+    axis: Axis
+    size: int = 1
+    stride: int | None = None
+    offset: int = 0
+
+    def features(self, units: Tensor) -> Tensor:
+        """Return the features that the given units own.
+
+        Args:
+            units: Unit indices, shape `(num,)`, integer.
+
+        Returns:
+            Feature indices, shape `(num, size)`, in the order of `units`.
+        """
+        stride = self.size if self.stride is None else self.stride
+        first = self.offset + units.unsqueeze(-1) * stride
+        return first + torch.arange(self.size, device=units.device)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One end of the units of a sub-layer.
+
+    Zeroing all of a unit's weights in all `slices` of one side ends the unit (method: Irrelevance).
+
+    Args:
+        name: Which end this is.
+        slices: The slices that must vanish together.
+    """
+
+    name: SideName
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A block whose units can be removed.
+
+    Args:
+        path: Path of the block from the root of the model, unique within it.
+        unit: What the block is made of.
+        num_units: How many units it has now, at least 0.
+        sides: The ends of its units. A unit is irrelevant as soon as one side is. The last one is the out-side.
+        companions: Slices that are removed with a unit but cannot end it (query and key rows, batch norms).
+        activations: Paths of the modules between in-side and out-side, in order. Applied to the in-side's bias they
+            give the constant that a unit with zero in-side weights still emits. Empty for heads: their attention
+            weights sum to one, so the constant is the value bias itself.
+        foldable: Whether that constant can be added exactly to the out-projection's bias. Where it cannot (no bias,
+            zero-padded convolution), units are masked on the out-side instead.
+        attributes: Integer attributes that follow the number of units, as `(path of module, attribute, factor)`:
+            the attribute is `factor * num_units`.
+        attention: Path of the module that cannot run without a head and is replaced when none is left, or None.
+    """
+
+    path: str
+    unit: Unit
+    num_units: int
+    sides: tuple[Side, ...]
+    companions: tuple[Slice, ...] = ()
+    activations: tuple[str, ...] = ()
+    foldable: bool = True
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    attention: str | None = None
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """All slices that a unit loses when it is removed: those of every side, then the companions."""
+        return tuple(part for side in self.sides for part in side.slices) + self.companions
+
+    @property
+    def matrices(self) -> tuple[Slice, ...]:
+        """Those slices that are weight matrices: all but the norms'."""
+        return tuple(part for part in self.slices if part.role is not Role.NORM)
+
+    @property
+    def out_side(self) -> Side:
+        """The side that reads the units."""
+        return self.sides[-1]
