@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks over heads and neurons: which end, on which side, and how a model looks with them ended."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, feature_axis
+from hf_vdneuron.sublayers import Axis, Side, Sublayer
+
+
+__all__ = ["RelevanceMask", "end_units", "mask_model_", "read_mask"]
+
+
+@dataclass(frozen=True)
+class RelevanceMask:
+    """Which units of a model are kept, and on which side the others end.
+
+    A mask names the side that it zeroes. *In-side zeroed*: the unit's own weights vanish and it still emits the
+    constant its bias makes. *Out-side zeroed*: nothing reads it, and it contributes nothing.
+
+    Args:
+        keep: Path of a sub-layer -> bool of shape `(num_sides, num_units)`, in the order of `Sublayer.sides`, True =
+            keep. A unit is kept if all its sides are. Sub-layers that are missing keep everything.
+    """
+
+    keep: Mapping[str, Tensor]
+
+    def kept_units(self, sublayer: Sublayer) -> Tensor:
+        """List the units of a sub-layer that stay.
+
+        Args:
+            sublayer: A sub-layer of the masked model.
+
+        Returns:
+            Their indices in order, integer, shape `(num_kept,)`.
+        """
+        keep = self.keep.get(sublayer.path)
+        return torch.arange(sublayer.num_units) if keep is None else keep.all(0).nonzero().flatten().cpu()
+
+    def require_fits(self, sublayers: Iterable[Sublayer]) -> None:
+        """Check the mask against the sub-layers of a model.
+
+        Args:
+            sublayers: All sub-layers of the model.
+
+        Raises:
+            ValueError: If it names an unknown sub-layer, has another shape or dtype, or ends a unit on the in-side
+                alone where its constant cannot be folded.
+        """
+        known = {sublayer.path: sublayer for sublayer in sublayers}
+        unknown = sorted(set(self.keep) - set(known))
+        if unknown:
+            raise ValueError(f"The mask names `{unknown[0]}`, which the model lacks. It has: {', '.join(known)}.")
+        for path, keep in self.keep.items():
+            sublayer = known[path]
+            shape = (len(sublayer.sides), sublayer.num_units)
+            if keep.shape != shape or keep.dtype != torch.bool:
+                raise ValueError(
+                    f"The mask of `{path}` has shape {tuple(keep.shape)} and dtype {keep.dtype}: expected {shape} "
+                    "(sides, units) and torch.bool, True = keep."
+                )
+            if not sublayer.foldable and bool((keep[-1] & ~keep.all(0)).any()):
+                raise ValueError(
+                    f"The mask of `{path}` zeroes units on the in-side, but the constant they emit cannot be folded "
+                    "there. Zero the out-side (the last row) instead."
+                )
+
+
+def _slice_masks(model: nn.Module, side: Side, keep: Tensor) -> Iterable[tuple[DenseLayer, Axis, Tensor]]:
+    """Spread a mask over the features of each slice of one side."""
+    for part in side.slices:
+        module = dense_layer(model, part.module)
+        num_features = module.weight.shape[feature_axis(module, part.axis)]
+        features = part.features(torch.arange(len(keep)))
+        spread = torch.ones(num_features, dtype=torch.bool)
+        spread[features] = keep.cpu().unsqueeze(-1).expand_as(features)
+        yield module, part.axis, spread.to(module.weight.device)
+
+
+@torch.no_grad()
+def mask_model_(model: nn.Module, mask: RelevanceMask) -> nn.Module:
+    """End units in place, without changing a shape.
+
+    Variational layers take the mask into their buffers, replacing the one they had, and train on under it. Weights of
+    dense layers are set to zero, and nothing keeps training from moving them again.
+
+    Args:
+        model: A patched or dense model.
+        mask: What to keep.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the mask does not fit the model.
+    """
+    sublayers = find_sublayers(model)
+    mask.require_fits(sublayers)
+    for sublayer in sublayers:
+        if sublayer.path not in mask.keep:
+            continue
+        for side, keep in zip(sublayer.sides, mask.keep[sublayer.path], strict=True):
+            for module, axis, spread in _slice_masks(model, side, keep):
+                _zero_(module, axis, spread)
+    return model
+
+
+def _buffer(module: DenseLayer, axis: Axis) -> Tensor | None:
+    if not isinstance(module, VariationalLayer):
+        return None
+    return module.keep_out if axis is Axis.OUT else module.keep_in
+
+
+def _zero_(module: DenseLayer, axis: Axis, keep: Tensor) -> None:
+    buffer = _buffer(module, axis)
+    if buffer is not None:
+        buffer.copy_(keep)
+    else:
+        module.weight.index_fill_(feature_axis(module, axis), (~keep).nonzero().flatten(), 0)
+
+
+def read_mask(model: nn.Module) -> RelevanceMask:
+    """Read back the mask that a patched model carries.
+
+    Args:
+        model: A patched model.
+
+    Returns:
+        The mask of every sub-layer with a masked variational layer; empty for a dense model.
+    """
+    keep = {}
+    for sublayer in find_sublayers(model):
+        sides = [_read_side(model, side, sublayer.num_units) for side in sublayer.sides]
+        if any(side is not None for side in sides):
+            everything = torch.ones(sublayer.num_units, dtype=torch.bool)
+            keep[sublayer.path] = torch.stack([everything if side is None else side for side in sides])
+    return RelevanceMask(keep)
+
+
+def _read_side(model: nn.Module, side: Side, num_units: int) -> Tensor | None:
+    """Read which units a side keeps, or None if none of its slices carries a mask."""
+    kept = None
+    for part in side.slices:
+        buffer = _buffer(dense_layer(model, part.module), part.axis)
+        if buffer is not None:
+            kept = buffer.cpu()[part.features(torch.arange(num_units))].all(-1) & (True if kept is None else kept)
+    return kept
+
+
+def end_units(sublayer: Sublayer, ended: Tensor) -> Tensor:
+    """Turn "this side is irrelevant" into a mask, on the out-side where the in-side's constant cannot be folded.
+
+    Args:
+        sublayer: A sub-layer.
+        ended: Bool of shape `(num_sides, num_units)`, True where a side ends the unit.
+
+    Returns:
+        The sub-layer's mask, bool, same shape, True = keep.
+    """
+    keep = ~ended
+    if not sublayer.foldable:
+        keep = torch.ones_like(keep)
+        keep[-1] = ~ended.any(0)
+    return keep

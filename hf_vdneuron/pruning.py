@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut masked heads and neurons out of a model: fewer rows, fewer columns, the same outputs.
+
+What a removed unit still emitted, a constant, moves into the bias of the layer that read it. The result is made of
+plain torch layers and is an ordinary model of smaller sizes.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.patching import unpatch_model_
+from hf_vdneuron.structure import as_pruned_model_
+from hf_vdneuron.sublayers import Axis, Slice, Sublayer
+
+
+__all__ = ["prune_model_"]
+
+#: Attributes of a layer that count its output and input features.
+_FEATURE_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("out_features", "in_features"),
+    Conv1D: ("nf", "nx"),
+    nn.Conv1d: ("out_channels", "in_channels"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+}
+
+
+@torch.no_grad()
+def prune_model_(model: nn.Module, mask: RelevanceMask | None = None) -> nn.Module:
+    """Remove the units that a mask ends, in place and for good.
+
+    In evaluation mode the pruned model computes what the masked model does. A patched model is unpatched first: its
+    weights become their posterior means.
+
+    Args:
+        model: A patched or dense model of a supported type, or a plain PyTorch chain.
+        mask: What to keep; by default the mask that a patched model carries.
+
+    Returns:
+        The same model, smaller. A transformers model now saves itself with its structure and loads through
+        `hf_vdneuron.from_pretrained`.
+
+    Raises:
+        ValueError: If the mask does not fit the model.
+    """
+    mask = read_mask(model) if mask is None else mask
+    unpatch_model_(mask_model_(model, mask))
+    for sublayer in find_sublayers(model):
+        kept = mask.kept_units(sublayer)
+        if len(kept) < sublayer.num_units:
+            _remove_units_(model, sublayer, kept)
+    return as_pruned_model_(model) if isinstance(model, PreTrainedModel) else model
+
+
+def _remove_units_(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
+    removed = torch.ones(sublayer.num_units, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+    if sublayer.foldable:
+        _fold_constant_(model, sublayer, removed)
+    for part in sublayer.slices:
+        _cut_(model.get_submodule(part.module), part, removed)
+    for path, attribute, factor in sublayer.attributes:
+        setattr(model.get_submodule(path), attribute, factor * len(kept))
+
+
+def _fold_constant_(model: nn.Module, sublayer: Sublayer, removed: Tensor) -> None:
+    """Add what the removed units still emit to the bias of the layer that reads them.
+
+    A unit with a zero out-side emits something that nothing reads, and its product below is zero.
+    """
+    (made,), (read,) = (side.slices for side in sublayer.sides)
+    reader = dense_layer(model, read.module)
+    constant = _constant(model, sublayer)[made.features(removed)]
+    # A flattened map gives its reader several features per unit, and each holds the same constant.
+    constant = constant.repeat_interleave(read.size // made.size, dim=1).flatten()
+    columns = _select(reader, Axis.IN, read.features(removed).flatten())
+    weight = columns.t() if isinstance(reader, Conv1D) else columns.flatten(2).sum(2) if columns.ndim > 2 else columns
+    reader.bias.add_(weight @ constant)  # type: ignore[union-attr]  # a foldable sub-layer's reader has a bias
+
+
+def _constant(model: nn.Module, sublayer: Sublayer) -> Tensor:
+    """Compute what units with zero in-side weights emit: `act(bias)`, or the value bias, shape `(num_features,)`."""
+    (made,) = sublayer.sides[0].slices
+    maker = dense_layer(model, made.module)
+    bias = (
+        maker.weight.new_zeros(maker.weight.shape[feature_axis(maker, Axis.OUT)]) if maker.bias is None else maker.bias
+    )
+    is_map = isinstance(maker, nn.Conv1d | nn.Conv2d)
+    signal = bias.detach().view(1, -1, *(1,) * (maker.weight.ndim - 2 if is_map else 0))
+    for path in sublayer.activations:
+        signal = _apply_in_eval(attrgetter(path)(model), signal)
+    return signal.flatten()
+
+
+def _apply_in_eval(function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
+    """Apply a module or function as it acts in evaluation, where batch norms use their running statistics."""
+    if not isinstance(function, nn.Module):
+        return function(signal)
+    training = function.training
+    try:
+        return function.eval()(signal)
+    finally:
+        function.train(training)
+
+
+def _select(layer: DenseLayer, axis: Axis, features: Tensor) -> Tensor:
+    return layer.weight.index_select(feature_axis(layer, axis), features.to(layer.weight.device))
+
+
+def _cut_(module: nn.Module, part: Slice, removed: Tensor) -> None:
+    """Take the removed units' features out of one module, in place."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        _cut_norm_(module, _others(module.num_features, part, removed))
+        return
+    layer = dense_layer(module, "")
+    kept = _others(layer.weight.shape[feature_axis(layer, part.axis)], part, removed)
+    _replace_(layer, "weight", _select(layer, part.axis, kept))
+    if part.axis is Axis.OUT and layer.bias is not None:
+        _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])
+    setattr(layer, _FEATURE_COUNTS[type(layer)][part.axis is Axis.IN], len(kept))
+
+
+def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        values = getattr(norm, name)
+        if values is not None:
+            _replace_(norm, name, values[kept.to(values.device)])
+    norm.num_features = len(kept)
+
+
+def _others(num_features: int, part: Slice, removed: Tensor) -> Tensor:
+    """List the features that do not belong to the removed units."""
+    return (
+        torch
+        .ones(num_features, dtype=torch.bool)
+        .index_fill_(0, part.features(removed).flatten(), False)
+        .nonzero()[:, 0]
+    )
+
+
+def _replace_(module: nn.Module, name: str, values: Tensor) -> None:
+    """Put smaller values where a parameter or buffer was; a parameter stays as trainable as it was."""
+    old = getattr(module, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad) if is_parameter else values)

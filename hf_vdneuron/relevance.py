@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the trained posterior to what is kept: dropout rates, relevance, the 0.99 rule."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.elbo import num_weights, variational_layers
+from hf_vdneuron.functional import dropout_rate, relevance
+from hf_vdneuron.layers import VariationalLayer, dense_layer, feature_axis
+from hf_vdneuron.masks import RelevanceMask, end_units
+from hf_vdneuron.sublayers import Slice, Sublayer
+
+
+__all__ = ["DROPOUT_RATE_THRESHOLD", "irrelevant_weight_share", "relevance_mask", "unit_relevance"]
+
+#: A weight is irrelevant if its dropout rate is above this (method: Irrelevance); ties are kept.
+DROPOUT_RATE_THRESHOLD = 0.99
+
+
+def _irrelevant(layer: VariationalLayer, threshold: float) -> Tensor:
+    return dropout_rate(layer.mean.to(layer.log_var.dtype), layer.log_var) > threshold
+
+
+def _nats(layer: VariationalLayer) -> Tensor:
+    return relevance(layer.mean.to(layer.log_var.dtype), layer.log_var)
+
+
+def _sum_slice(model: nn.Module, part: Slice, num_units: int, measure: Callable[[VariationalLayer], Tensor]) -> Tensor:
+    """Sum a measure of each weight over the weights of each unit in one slice, shape `(num_units,)`."""
+    layer = dense_layer(model, part.module)
+    if not isinstance(layer, VariationalLayer):
+        return torch.full((num_units,), torch.inf)
+    by_feature = measure(layer).movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1).cpu()
+    return by_feature[part.features(torch.arange(num_units))].sum(1)
+
+
+def _sum_sides(model: nn.Module, sublayer: Sublayer, measure: Callable[[VariationalLayer], Tensor]) -> Tensor:
+    """Sum a measure of each weight over each side of each unit, infinite where a side is not wholly variational."""
+    sides = [
+        torch.stack([_sum_slice(model, part, sublayer.num_units, measure) for part in side.slices]).sum(0)
+        for side in sublayer.sides
+    ]
+    return torch.stack(sides)
+
+
+@torch.no_grad()
+def unit_relevance(model: nn.Module) -> dict[str, Tensor]:
+    r"""Measure what each side of each unit says beyond its noise, :math:`\tfrac12 \sum \log(1 + \mu^2 / s^2)`.
+
+    A unit's relevance is the smallest over its sides, as either can end it.
+
+    Args:
+        model: A patched model.
+
+    Returns:
+        Path of each sub-layer -> relevance in nats, shape `(num_sides, num_units)`; infinite for a side that is not
+        variational.
+    """
+    return {sublayer.path: _sum_sides(model, sublayer, _nats) for sublayer in find_sublayers(model)}
+
+
+@torch.no_grad()
+def relevance_mask(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) -> RelevanceMask:
+    """Apply the rule: a unit is irrelevant if every weight of one of its sides has a dropout rate above a threshold.
+
+    Args:
+        model: A patched model.
+        threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
+
+    Returns:
+        A mask over every sub-layer of the model.
+
+    Raises:
+        ValueError: If the threshold is out of range, or the model is not patched.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"`threshold` is {threshold}: expected a dropout rate between 0 and 1, such as 0.99.")
+    if not variational_layers(model):
+        raise ValueError("The model has no posterior to judge by: call `patch_model_` and train it first.")
+
+    def relevant(layer: VariationalLayer) -> Tensor:
+        return (~_irrelevant(layer, threshold)).to(layer.log_var.dtype)
+
+    return RelevanceMask({
+        sublayer.path: end_units(sublayer, _sum_sides(model, sublayer, relevant) == 0)
+        for sublayer in find_sublayers(model)
+    })
+
+
+@torch.no_grad()
+def irrelevant_weight_share(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) -> float:
+    """Measure which part of the variational weights is irrelevant.
+
+    Args:
+        model: A patched model.
+        threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
+
+    Returns:
+        Share in `[0, 1]`; 0 for a dense model.
+    """
+    count = sum(int(_irrelevant(layer, threshold).sum()) for layer in variational_layers(model).values())
+    return count / max(1, num_weights(model))
