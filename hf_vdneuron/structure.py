@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find out what is left of a model that was cut, and make it save itself that way."""
+
+import copy
+import reprlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_vdneuron.modeling_vdneuron import PrunedStructure, adopt_, native_class
+
+
+__all__ = ["as_pruned_model_", "find_structure"]
+
+
+def as_pruned_model_(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that was cut save itself with its structure, in place.
+
+    A model from which nothing was cut stays what it is: it needs no structure to load.
+
+    Args:
+        model: A transformers model, with or without a head.
+
+    Returns:
+        The same model, now of class `pruned_class(type(model))`. Its base model likewise.
+
+    Raises:
+        ValueError: If the model differs from its native class in other ways than smaller layers.
+    """
+    structure = find_structure(model)
+    if structure.shapes:
+        model.config.vdneuron = structure.to_json()
+        adopt_(model)
+    return model
+
+
+def find_structure(model: PreTrainedModel) -> PrunedStructure:
+    """Compare a model with its native class.
+
+    Args:
+        model: A transformers model, with or without a head.
+
+    Returns:
+        What is left of it; without shapes if nothing was cut.
+
+    Raises:
+        ValueError: If the model differs from its native class in other ways than smaller layers.
+    """
+    with torch.device("meta"):
+        native = native_class(type(model))(copy.deepcopy(model.config)).base_model
+    cut, dense = PrunedStructure.of(model.base_model), PrunedStructure.of(native)
+    structure = PrunedStructure(
+        {path: shape for path, shape in cut.shapes.items() if shape != dense.shapes.get(path)},
+        {path: values for path, values in cut.attributes.items() if values != dense.attributes.get(path)},
+    )
+    structure.apply_(native)
+    difference = _tensor_shapes(native) ^ _tensor_shapes(model.base_model)
+    if difference:
+        raise ValueError(
+            f"`{type(model).__name__}` cannot be saved as a pruned model: expected the layers of its native class, "
+            f"some of them smaller, got other tensors: {reprlib.repr(sorted(difference))}. Unpatch the model, or undo "
+            "what else was changed."
+        )
+    return structure
+
+
+def _tensor_shapes(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
