@@ -1,0 +1,387 @@
+"""The trainer: objective, accumulation, phases, resuming, best models."""
+
+import inspect
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from hf_vdneuron.config import VDConfig
+from hf_vdneuron.elbo import num_weights, variational_layers
+from hf_vdneuron.functional import gaussian_kl
+from hf_vdneuron.layers import VariationalLayer
+from hf_vdneuron.masks import read_mask
+from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.schedules import Phase
+from hf_vdneuron.trainer import VDTrainer
+from hf_vdneuron.training_args import VDTrainingArguments
+
+
+NUM_ROWS, LENGTH, VOCABULARY = 48, 6, 20
+
+
+def tiny_bert(model_class=BertForSequenceClassification, *, dropout: float = 0.0, **options) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,
+        **options,
+    )
+    return model_class(config)
+
+
+def rows(*, language_model: bool = False) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (NUM_ROWS, LENGTH), generator=generator)
+    labels = ids if language_model else (ids[:, 0] > VOCABULARY // 2).long()
+    return [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+
+
+def arguments(output_dir: Path, **options) -> VDTrainingArguments:
+    defaults = {
+        "max_steps": 12,
+        "finetune_fraction": 1 / 3,
+        "sparsify_fraction": 1 / 3,
+        "recover_fraction": 1 / 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return VDTrainingArguments(output_dir=str(output_dir), **(defaults | options))
+
+
+def make_trainer(output_dir: Path, model: nn.Module | None = None, *, data=None, trainer_options=None, **options):
+    return VDTrainer(
+        model=tiny_bert() if model is None else model,
+        args=arguments(output_dir, **options),
+        train_dataset=rows() if data is None else data,
+        **(trainer_options or {}),
+    )
+
+
+class Silence(TrainerCallback):
+    """Switches noise off again, after the trainer has entered a step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for layer in variational_layers(model).values():
+            layer.noise = False
+
+
+class RecordGradients(TrainerCallback):
+    """Keeps the gradients of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def gradients(tmp_path: Path, model: nn.Module, accumulation: int, data, **options) -> dict[str, Tensor]:
+    """Gradients of one sparsification step over 8 rows in `accumulation` micro-batches, without noise."""
+    trainer = make_trainer(
+        tmp_path,
+        deepcopy(model),
+        data=data,
+        max_steps=1,
+        finetune_fraction=0,
+        recover_fraction=0,
+        distillation_weight=0,
+        kl_weight=2.0,
+        kl_ramp=0,
+        max_grad_norm=0,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    record = RecordGradients()
+    trainer.add_callback(Silence())
+    trainer.add_callback(record)
+    trainer.train()
+    return record.steps[0]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize(
+    ("model_class", "language_model"),
+    [
+        pytest.param(BertForSequenceClassification, False, id="ignores-num-items"),
+        pytest.param(BertLMHeadModel, True, id="honours-num-items"),
+    ],
+)
+def test_accumulation_gives_the_same_gradients(tmp_path, model_class, language_model, accumulation):
+    model = tiny_bert(model_class, is_decoder=language_model)
+    data = rows(language_model=language_model)
+    options = {"num_data": NUM_ROWS * LENGTH} if language_model else {}
+    once = gradients(tmp_path, model, 1, data, **options)
+    several = gradients(tmp_path, model, accumulation, data, **options)
+    assert once.keys() == several.keys()
+    for name, gradient in once.items():
+        if name.endswith("log_var"):  # without noise, the KL is all there is
+            assert gradient.abs().max() > 0
+            assert torch.equal(gradient, several[name]), name
+        else:
+            torch.testing.assert_close(several[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_kl_gradient_is_that_of_the_exact_divergence(tmp_path):
+    model = patch_model_(tiny_bert(), VDConfig(prior="group"))
+    got = gradients(tmp_path, model, 1, rows())
+    for name, layer in variational_layers(model).items():
+        log_var = layer.log_var.detach().clone().requires_grad_()
+        scale = layer.prior.prior_scales[0][layer.prior.feature_group]
+        scale = scale.view(-1, 1) if layer.group_axis == 0 else scale.view(1, -1)
+        kl = gaussian_kl(layer.weight.detach(), log_var, scale).sum()
+        (expected,) = torch.autograd.grad(2.0 * kl / NUM_ROWS, log_var)
+        torch.testing.assert_close(got[f"{name}.log_var"], expected, rtol=1e-4, atol=1e-9)
+
+
+class Observe(TrainerCallback):
+    """Notes what every step sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        layers = variational_layers(model).values()
+        rates = {group.get("variational", False): group["lr"] for group in optimizer.param_groups}
+        theta = torch.cat([layer.prior.prior_scales.flatten() for layer in layers])
+        noisy = {layer.noise for layer in layers}
+        self.seen.append((state.global_step, noisy, rates, theta))
+
+
+def test_phases_switch_noise_rates_and_prior(tmp_path):
+    trainer = make_trainer(tmp_path)
+    observe = Observe()
+    trainer.add_callback(observe)
+    trainer.train()
+    assert [next(iter(noisy)) for _, noisy, *_ in observe.seen] == [False] * 4 + [True] * 4 + [False] * 4
+    variational_rates = [rates[True] for *_, rates, _ in observe.seen]
+    assert [rate > 0 for rate in variational_rates] == [False] * 4 + [True] * 4 + [False] * 4
+    theta = [values for *_, values in observe.seen]
+    moved = [not torch.equal(before, after) for before, after in zip(theta, theta[1:], strict=False)]
+    assert moved == [False] * 4 + [True] * 4 + [False] * 3  # step 4 still sees the prior it was patched with
+    assert trainer.phase is Phase.RECOVER
+
+
+def test_finetuning_a_patched_model_is_dense_training(tmp_path):
+    options = {"finetune_fraction": 1, "sparsify_fraction": 0, "recover_fraction": 0, "max_steps": 5}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    dense = Trainer(model=tiny_bert(), args=trainer.args, train_dataset=rows())
+    dense.train()
+    state = trainer.model.state_dict()
+    for name, weight in dense.model.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("fractions", [(0, 0.5, 0.5), (0.5, 0.5, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+def test_a_fraction_of_zero_skips_a_phase(tmp_path, fractions):
+    names = ("finetune_fraction", "sparsify_fraction", "recover_fraction")
+    trainer = make_trainer(tmp_path, max_steps=4, **dict(zip(names, fractions, strict=True)))
+    trainer.train()
+    assert not variational_layers(trainer.prune())
+
+
+def test_logs_say_what_happens(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_options={"eval_dataset": rows()})
+    trainer.train()
+    history = [logs for logs in trainer.state.log_history if "loss" in logs]
+    always = {"nll", "kl_weight", "irrelevant_weights", "heads", "neurons", "expected_speedup"}
+    assert all(always <= logs.keys() for logs in history)
+    sparsify = history[4:8]
+    assert all({"kl", "distillation"} <= logs.keys() for logs in sparsify)
+    assert "kl" not in history[0]
+    assert "kl" not in history[-1]
+    assert history[0]["heads"] == 8
+    assert history[0]["neurons"] == 48
+    assert history[0]["expected_speedup"] == 1
+    # The KL per example, from scratch: the first sparsification step still has the posterior it was patched with.
+    assert sparsify[0]["kl"] * NUM_ROWS / num_weights(trainer.model) > 0
+    assert [logs["kl_weight"] > 0 for logs in history] == [False] * 3 + [True] * 4 + [False] * 5
+    milestones = [name for logs in trainer.state.log_history for name in logs if name.endswith("_loss")]
+    assert [name for name in milestones if name in ("dense_loss", "cut_loss")] == ["dense_loss", "cut_loss"]
+
+
+def run(output_dir: Path, *, resume_from: int | None = None, **options) -> dict[str, Tensor]:
+    """Train with dropout and noise, saving every step, and return the final state."""
+    data = {"eval_dataset": rows()}
+    trainer = make_trainer(
+        output_dir,
+        tiny_bert(dropout=0.1),
+        trainer_options=data,
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        log_var_distance=12.0,
+        kl_weight=4.0,
+        **options,
+    )
+    checkpoint = None if resume_from is None else str(output_dir / f"checkpoint-{resume_from}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 8, 9, 11])
+def test_a_resumed_run_ends_bit_equal(uninterrupted, tmp_path, step):
+    folder, expected = uninterrupted
+    (tmp_path / f"checkpoint-{step}").symlink_to(folder / f"checkpoint-{step}")
+    state = run(tmp_path, resume_from=step)
+    assert state.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert different == []
+
+
+def test_the_interrupted_run_is_one_that_could_differ(uninterrupted):
+    folder, _ = uninterrupted
+    masks = load_file(folder / "checkpoint-9" / "model.safetensors")
+    kept = torch.cat([value for name, value in masks.items() if ".keep_" in name])
+    assert 0 < (~kept).sum() < len(kept)
+    assert (folder / "checkpoint-5" / "teacher.safetensors").exists()
+    assert not (folder / "checkpoint-4" / "teacher.safetensors").exists()
+
+
+def test_best_model_and_early_stopping_count_only_recovery(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_options={"eval_dataset": rows(), "callbacks": [EarlyStoppingCallback(1)]},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step > trainer.plan.recover_start
+    assert trainer.state.global_step > trainer.plan.recover_start
+    assert read_mask(trainer.model).keep
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"bf16": True}, id="bf16-autocast"),
+        pytest.param({"activation_checkpointing": True}, id="gradient-checkpointing"),
+        pytest.param(
+            {"activation_checkpointing": True, "gradient_accumulation_steps": 2}, id="checkpointing-accumulation"
+        ),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch-compile"),
+    ],
+)
+# Dynamo itself instantiates the autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_ways_to_train(tmp_path, options):
+    trainer = make_trainer(tmp_path, max_steps=6, **options)
+    trainer.train()
+    kl = [logs["kl"] for logs in trainer.state.log_history if "kl" in logs]
+    assert len(kl) == 2
+    assert all(value > 0 for value in kl)
+    assert all(layer.log_var.dtype is torch.float32 for layer in variational_layers(trainer.model).values())
+
+
+def test_gradient_checkpointing_keeps_the_kl_gradient(tmp_path):
+    model = patch_model_(tiny_bert())
+    plain = gradients(tmp_path, model, 2, rows())
+    checkpointed = gradients(tmp_path, model, 2, rows(), activation_checkpointing=True)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_prune_keeps_the_score(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_options={"eval_dataset": rows()}, log_var_distance=12.0, kl_weight=4.0)
+    trainer.train()
+    masked = trainer.evaluate()["eval_loss"]
+    dense_size = sum(p.numel() for p in tiny_bert().parameters())
+    pruned = trainer.prune()
+    assert pruned is trainer.model
+    assert not any(isinstance(module, VariationalLayer) for module in pruned.modules())
+    assert sum(p.numel() for p in pruned.parameters()) < dense_size
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-5)
+
+
+def test_own_rates_and_no_weight_decay(tmp_path):
+    trainer = make_trainer(tmp_path, weight_decay=0.1, log_var_distance=2.0, group_scale_distance=1.0)
+    trainer.train()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = [group for group in trainer.optimizer.param_groups if group.get("variational")]
+    assert [{names[id(p)].rpartition(".")[2] for p in group["params"]} for group in groups] == [
+        {"log_var"},
+        {"group_scale"},
+    ]
+    assert [group["initial_lr"] for group in groups] == [2.0 / 4, 1.0 / 4]
+    assert all(group["weight_decay"] == 0 for group in groups)
+    listed = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in trainer.model.parameters())
+
+
+def test_a_given_teacher_is_used_and_fixed(tmp_path):
+    teacher = tiny_bert()
+    before = deepcopy(teacher.state_dict())
+    trainer = make_trainer(tmp_path, trainer_options={"teacher": teacher}, distillation_weight=1.0)
+    trainer.train()
+    assert trainer.teacher is teacher
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_a_language_model_must_state_its_number_of_tokens(tmp_path):
+    model = tiny_bert(BertLMHeadModel, is_decoder=True)
+    trainer = make_trainer(tmp_path, model, data=rows(language_model=True), finetune_fraction=0)
+    with pytest.raises(ValueError, match="set `num_data`"):
+        trainer.train()
+
+
+def test_model_init_is_patched(tmp_path):
+    trainer = VDTrainer(model_init=lambda: tiny_bert(), args=arguments(tmp_path), train_dataset=rows())
+    assert variational_layers(trainer.model)
+
+
+def test_plain_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected `VDTrainingArguments`"):
+        VDTrainer(model=tiny_bert(), args=None)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_determine_best_metric", ["self", "metrics", "trial"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_get_output_dir", ["self", "trial"]),
+    ],
+)
+def test_private_methods_of_the_trainer_are_where_we_override_them(method, parameters):
+    assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
