@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a forward takes, measured on the device at hand: models take turns, so that drift hits them all alike."""
+
+import time
+from collections.abc import Mapping
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+
+__all__ = ["measure_latency", "text_inputs"]
+
+#: Forwards of each model before the clock starts: caches fill, kernels are chosen.
+WARMUP_ROUNDS = 2
+
+#: Rounds of the clock. The median of 15 turns moves by a few percent on a busy machine.
+ROUNDS = 15
+
+
+def text_inputs(*, batch_size: int, length: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Make inputs without padding for a model of text; their values do not change its speed.
+
+    Args:
+        batch_size: Sequences in the batch.
+        length: Tokens of each.
+        device: Where to put them.
+
+    Returns:
+        Token ids and attention mask, shape `(batch_size, length)`.
+    """
+    ones = torch.ones(batch_size, length, dtype=torch.long, device=device)
+    return {"input_ids": ones, "attention_mask": ones}
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Time models on the same inputs, interleaved.
+
+    Absolute times drift with whatever else the machine does; ratios between models of one call do not.
+
+    Args:
+        models: Models by name, all on the device of the inputs; put into evaluation mode.
+        inputs: Keyword arguments of a forward.
+        rounds: Turns of each model, at least 1.
+
+    Returns:
+        Median seconds of one forward, by name.
+    """
+    device = next(iter(inputs.values())).device
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(WARMUP_ROUNDS + rounds):
+        for name, model in models.items():
+            started = _now(device)
+            model.eval()(**inputs)
+            if turn >= WARMUP_ROUNDS:
+                seconds[name].append(_now(device) - started)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
