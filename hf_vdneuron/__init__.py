@@ -1,6 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variational dropout over heads and neurons: makes transformers models really smaller."""
+"""Variational dropout over heads and neurons: makes transformers models really smaller.
 
-__all__ = ["__version__"]
+A module is imported when one of its names is first used, so that loading a pruned model brings no training code along.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from hf_vdneuron.architectures import find_sublayers
+    from hf_vdneuron.config import Grouping, PriorType, VDConfig
+    from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
+    from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+    from hf_vdneuron.patching import patch_model_, unpatch_model_
+    from hf_vdneuron.persistence import from_pretrained
+    from hf_vdneuron.pruning import prune_model_
+    from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask, unit_relevance
+    from hf_vdneuron.trainer import VDTrainer
+    from hf_vdneuron.training_args import VDTrainingArguments
+
+__all__ = [  # noqa: RUF022  # in the order of use
+    # The whole way: fine-tune, sparsify, prune, recover
+    "VDTrainer",
+    "VDTrainingArguments",
+    "VDConfig",
+    "PriorType",
+    "Grouping",
+    # Load what came out
+    "from_pretrained",
+    # Its pieces, for those who compose
+    "find_sublayers",
+    "patch_model_",
+    "unpatch_model_",
+    "variational_layers",
+    "set_variational_",
+    "kl_divergence",
+    "em_step_",
+    "unit_relevance",
+    "relevance_mask",
+    "irrelevant_weight_share",
+    "RelevanceMask",
+    "mask_model_",
+    "read_mask",
+    "prune_model_",
+    "__version__",
+]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "architectures": ("find_sublayers",),
+    "config": ("Grouping", "PriorType", "VDConfig"),
+    "elbo": ("em_step_", "kl_divergence", "set_variational_", "variational_layers"),
+    "masks": ("RelevanceMask", "mask_model_", "read_mask"),
+    "patching": ("patch_model_", "unpatch_model_"),
+    "persistence": ("from_pretrained",),
+    "pruning": ("prune_model_",),
+    "relevance": ("irrelevant_weight_share", "relevance_mask", "unit_relevance"),
+    "trainer": ("VDTrainer",),
+    "training_args": ("VDTrainingArguments",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that holds a public name."""
+    if name not in _HOME:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -38,9 +38,8 @@ Do **not** pass `ignore_mismatched_sizes=True`: it replaces the trained weights 
 | score on {{ report.task }} | {{ score(report.dense.score) }} | {{ score(report.pruned.score) }} |
 | score right after the cut, before recovery | | {{ score(report.score_after_cut) }} |
 | parameters | {{ "{:,}".format(report.dense.parameters) }} | {{ "{:,}".format(report.pruned.parameters) }} |
-| heads per layer | {{ report.dense.heads_per_layer | join(", ") }} | {{ report.pruned.heads_per_layer | join(", ") }} |
-| neurons per layer | {{ report.dense.neurons_per_layer | join(", ") }} | \
-{{ report.pruned.neurons_per_layer | join(", ") }} |
+| heads per layer | {{ counts(report.dense.heads_per_layer) }} | {{ counts(report.pruned.heads_per_layer) }} |
+| neurons per layer | {{ counts(report.dense.neurons_per_layer) }} | {{ counts(report.pruned.neurons_per_layer) }} |
 
 Speed-up of the body in multiply-accumulates: **{{ "%.2f" | format(report.speedup.predicted) }}x**. Measured on
 {{ report.environment.device }}, batch {{ report.speedup.batch_size }}, {{ report.speedup.length }} tokens:
@@ -84,8 +83,13 @@ def render_model_card(report: RunReport, *, base_model: str, architecture: str, 
         architecture=architecture,
         repo_id=repo_id,
         score=_percent,
+        counts=_counts,
     )
 
 
 def _percent(score: float | None) -> str:
     return "not measured" if score is None else f"{100 * score:.2f}"
+
+
+def _counts(per_layer: list[int]) -> str:
+    return ", ".join(map(str, per_layer))

@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VDTrainer`: transformers' Trainer, maximising the evidence lower bound. It adds KL, EM, phases and a teacher."""
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.generic import ModelOutput
 
 from hf_vdneuron.budget import speedup, units_left
+from hf_vdneuron.checkpoints import has_teacher, load_teacher_, native_names, save_teacher
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import distillation_loss
 from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.optimization import phase_scheduler, reset_variational_, split_variational_
 from hf_vdneuron.patching import patch_model_, unpatch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
-from hf_vdneuron.schedules import Decay, Phase, PhasePlan, kl_weight_at, rate_factor
+from hf_vdneuron.schedules import Phase, PhasePlan, kl_weight_at
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -38,9 +36,6 @@ PRETRAINING_EVIDENCE = 1_000_000
 
 #: A trial of whichever library searches for hyperparameters.
 Trial = object
-
-#: Weights of the teacher inside a checkpoint.
-TEACHER_FILE = "teacher.safetensors"
 
 #: Tokens of a sequence for the expected speed-up, where the data does not tell.
 DEFAULT_LENGTH = 128
@@ -84,7 +79,6 @@ class VDTrainer(Trainer):
         self.teacher = teacher
         self.max_length = max_length
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
-        self._resumed_from: Path | None = None
         self._honours_num_items: bool | None = None
         if model is not None:
             self._patch_(model)
@@ -186,23 +180,19 @@ class VDTrainer(Trainer):
             return nll
         with torch.no_grad():
             teacher_outputs = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = distillation_loss(
-            outputs["logits"],
-            teacher_outputs["logits"],
-            temperature=self.args.distillation_temperature,
-            labels=labels,
-        )
+        temperature = self.args.distillation_temperature
+        loss = distillation_loss(outputs["logits"], teacher_outputs["logits"], temperature=temperature, labels=labels)
         self._metrics["distillation"].append(loss.detach())
         return (1 - weight) * nll + weight * loss
 
     def _require_num_data(self, inputs: dict[str, Any], labels: Tensor | None) -> None:
         """Refuse to take examples for tokens: a language model's loss is a mean over target tokens."""
-        if self.args.num_data is None and labels is not None and labels.ndim > 1 and "input_ids" in inputs:
-            if labels.shape == inputs["input_ids"].shape:
-                raise ValueError(
-                    f"The labels are tokens, of shape {tuple(labels.shape)}: set `num_data` to the number of target "
-                    "tokens in the training set."
-                )
+        tokens = inputs.get("input_ids")
+        if self.args.num_data is None and labels is not None and tokens is not None and labels.shape == tokens.shape:
+            raise ValueError(
+                f"The labels are tokens, of shape {tuple(labels.shape)}: set `num_data` to the number of target "
+                "tokens in the training set."
+            )
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether the Trainer takes the loss as already divided over the micro-batches of the step."""
@@ -215,9 +205,8 @@ class VDTrainer(Trainer):
         Many heads take the argument and ignore it, and the Trainer then multiplies their gradients by the number of
         micro-batches (huggingface/transformers#47688).
         """
-        if self._honours_num_items is not None or not self.model_accepts_loss_kwargs:
-            return
-        if self.args.gradient_accumulation_steps == 1:
+        known = self._honours_num_items is not None or not self.model_accepts_loss_kwargs
+        if known or self.args.gradient_accumulation_steps == 1:
             return
         model.eval()
         with torch.no_grad():
@@ -233,7 +222,7 @@ class VDTrainer(Trainer):
     # ---- Optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Give log-variances and group scales groups of their own: own rates, no weight decay.
+        """Give log-variances and group scales groups of their own.
 
         Args:
             model: Model to optimise, if not the trainer's own.
@@ -244,22 +233,12 @@ class VDTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        rates = {"log_var": self.args.log_var_distance, "group_scale": self.args.group_scale_distance}
-        chosen: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in (self.model if model is None else model).named_parameters():
-            if name.rpartition(".")[2] in rates:
-                chosen[name.rpartition(".")[2]].append(parameter)
-        moved = {id(parameter) for parameters in chosen.values() for parameter in parameters}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-        steps = max(1, self.plan.sparsify_steps)
-        for kind, parameters in chosen.items():
-            optimizer.add_param_group({
-                "params": parameters,
-                "lr": rates[kind] / steps,
-                "weight_decay": 0.0,
-                "variational": True,
-            })
+        split_variational_(
+            optimizer,
+            (self.model if model is None else model).named_parameters(),
+            {"log_var": self.args.log_var_distance, "group_scale": self.args.group_scale_distance},
+            num_steps=self.plan.sparsify_steps,
+        )
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -273,23 +252,14 @@ class VDTrainer(Trainer):
             The scheduler.
         """
         if self.lr_scheduler is None:
-            optimizer = cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer)
-            factors: list[Callable[[int], float]] = [
-                partial(self._rate_factor, self.args.phase_plan(num_training_steps), group.get("variational", False))
-                for group in optimizer.param_groups
-            ]
-            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self.lr_scheduler = phase_scheduler(
+                cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer),
+                self.args.phase_plan(num_training_steps),
+                decay=self.args.decay,
+                warmup_steps=self.args.get_warmup_steps,
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _rate_factor(self, plan: PhasePlan, variational: bool, step: int) -> float:
-        sparsifying = plan.phase_at(step) is Phase.SPARSIFY
-        if variational and not sparsifying:
-            return 0.0
-        done, length = plan.position(step)
-        warmup_steps = self.args.get_warmup_steps(length)
-        decay = Decay.CONSTANT if variational else self.args.decay
-        return rate_factor(done, length, warmup_steps=warmup_steps, decay=decay)
 
     # ---- Phases ----
 
@@ -308,11 +278,7 @@ class VDTrainer(Trainer):
         self._score("dense")
         if self.teacher is None and self.args.distillation_weight:
             self.teacher = self._own_teacher()
-        # Moments gathered while the posterior stood still would distort Adam's first steps.
-        optimizer = cast(torch.optim.Optimizer, self.optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"] if group.get("variational") else ():
-                optimizer.state.pop(parameter, None)
+        reset_variational_(cast(torch.optim.Optimizer, self.optimizer))
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""
@@ -378,7 +344,7 @@ class VDTrainer(Trainer):
             "irrelevant_weights": irrelevant_weight_share(self.model, self.args.dropout_rate_threshold),
             "heads": sum(left[Unit.HEAD]),
             "neurons": sum(left[Unit.NEURON]),
-            "expected_speedup": min(speedup(self.model, mask, length=self.max_length), math.inf),
+            "expected_speedup": speedup(self.model, mask, length=self.max_length),
         }
 
     # ---- Checkpoints: private methods of the Trainer, watched by tests/test_trainer.py ----
@@ -391,7 +357,7 @@ class VDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save under the names that a resumed run loads by (huggingface/transformers#48805)."""
-        with _native_names(self.model):
+        with native_names(self.model):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
@@ -399,25 +365,14 @@ class VDTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.teacher is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            save_model(self.teacher, str(folder / TEACHER_FILE))
+            save_teacher(self.teacher, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Take the teacher back."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weights = Path(resume_from_checkpoint) / TEACHER_FILE
-        if weights.exists():
+        if has_teacher(resume_from_checkpoint):
             self.teacher = self._own_teacher() if self.teacher is None else self.teacher
-            load_model(self.teacher, weights)
-
-
-@contextmanager
-def _native_names(model: PreTrainedModel) -> Generator[None]:
-    """Make a model save its parameters under the names they have in memory."""
-    model.__dict__["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
-    try:
-        yield
-    finally:
-        del model.__dict__["save_pretrained"]
+            load_teacher_(self.teacher, resume_from_checkpoint)
 
 
 class _PhaseCallback(TrainerCallback):

@@ -127,7 +127,7 @@ def save(trainer: VDTrainer, report: RunReport, data_args: DataArguments) -> Non
         report: What came out.
         data_args: Which model, on which data.
     """
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = Path(str(trainer.args.output_dir))
     write_json(output_dir / "report.json", report.to_dict())
     card = render_model_card(
         report,

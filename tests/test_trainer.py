@@ -2,19 +2,25 @@
 
 import inspect
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
     EarlyStoppingCallback,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
+    TrainingArguments,
 )
 
 from hf_vdneuron.config import VDConfig
@@ -28,10 +34,15 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
+Rows = list[dict[str, Tensor]]
+Run = tuple[Path, dict[str, Tensor]]
+
 NUM_ROWS, LENGTH, VOCABULARY = 48, 6, 20
 
 
-def tiny_bert(model_class=BertForSequenceClassification, *, dropout: float = 0.0, **options) -> nn.Module:
+def tiny_bert(
+    model_class: type[PreTrainedModel] = BertForSequenceClassification, *, dropout: float = 0.0, **options: Any
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -48,14 +59,14 @@ def tiny_bert(model_class=BertForSequenceClassification, *, dropout: float = 0.0
     return model_class(config)
 
 
-def rows(*, language_model: bool = False) -> list[dict[str, Tensor]]:
+def rows(*, language_model: bool = False) -> Rows:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (NUM_ROWS, LENGTH), generator=generator)
     labels = ids if language_model else (ids[:, 0] > VOCABULARY // 2).long()
     return [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
 
 
-def arguments(output_dir: Path, **options) -> VDTrainingArguments:
+def arguments(output_dir: Path, **options: Any) -> VDTrainingArguments:
     defaults = {
         "max_steps": 12,
         "finetune_fraction": 1 / 3,
@@ -73,7 +84,14 @@ def arguments(output_dir: Path, **options) -> VDTrainingArguments:
     return VDTrainingArguments(output_dir=str(output_dir), **(defaults | options))
 
 
-def make_trainer(output_dir: Path, model: nn.Module | None = None, *, data=None, trainer_options=None, **options):
+def make_trainer(
+    output_dir: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    data: Rows | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> VDTrainer:
     return VDTrainer(
         model=tiny_bert() if model is None else model,
         args=arguments(output_dir, **options),
@@ -85,7 +103,7 @@ def make_trainer(output_dir: Path, model: nn.Module | None = None, *, data=None,
 class Silence(TrainerCallback):
     """Switches noise off again, after the trainer has entered a step."""
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         for layer in variational_layers(model).values():
             layer.noise = False
 
@@ -93,14 +111,16 @@ class Silence(TrainerCallback):
 class RecordGradients(TrainerCallback):
     """Keeps the gradients of every step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def gradients(tmp_path: Path, model: nn.Module, accumulation: int, data, **options) -> dict[str, Tensor]:
+def gradients(
+    tmp_path: Path, model: PreTrainedModel, accumulation: int, data: Rows, **options: Any
+) -> dict[str, Tensor]:
     """Gradients of one sparsification step over 8 rows in `accumulation` micro-batches, without noise."""
     trainer = make_trainer(
         tmp_path,
@@ -133,7 +153,9 @@ def gradients(tmp_path: Path, model: nn.Module, accumulation: int, data, **optio
         pytest.param(BertLMHeadModel, True, id="honours-num-items"),
     ],
 )
-def test_accumulation_gives_the_same_gradients(tmp_path, model_class, language_model, accumulation):
+def test_accumulation_gives_the_same_gradients(
+    tmp_path: Path, model_class: type[PreTrainedModel], language_model: bool, accumulation: int
+) -> None:
     model = tiny_bert(model_class, is_decoder=language_model)
     data = rows(language_model=language_model)
     options = {"num_data": NUM_ROWS * LENGTH} if language_model else {}
@@ -148,7 +170,7 @@ def test_accumulation_gives_the_same_gradients(tmp_path, model_class, language_m
             torch.testing.assert_close(several[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_kl_gradient_is_that_of_the_exact_divergence(tmp_path):
+def test_the_kl_gradient_is_that_of_the_exact_divergence(tmp_path: Path) -> None:
     model = patch_model_(tiny_bert(), VDConfig(prior="group"))
     got = gradients(tmp_path, model, 1, rows())
     for name, layer in variational_layers(model).items():
@@ -163,10 +185,18 @@ def test_the_kl_gradient_is_that_of_the_exact_divergence(tmp_path):
 class Observe(TrainerCallback):
     """Notes what every step sees."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **kwargs: Any,
+    ) -> None:
         layers = variational_layers(model).values()
         rates = {group.get("variational", False): group["lr"] for group in optimizer.param_groups}
         theta = torch.cat([layer.prior.prior_scales.flatten() for layer in layers])
@@ -174,7 +204,7 @@ class Observe(TrainerCallback):
         self.seen.append((state.global_step, noisy, rates, theta))
 
 
-def test_phases_switch_noise_rates_and_prior(tmp_path):
+def test_phases_switch_noise_rates_and_prior(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     observe = Observe()
     trainer.add_callback(observe)
@@ -183,12 +213,12 @@ def test_phases_switch_noise_rates_and_prior(tmp_path):
     variational_rates = [rates[True] for *_, rates, _ in observe.seen]
     assert [rate > 0 for rate in variational_rates] == [False] * 4 + [True] * 4 + [False] * 4
     theta = [values for *_, values in observe.seen]
-    moved = [not torch.equal(before, after) for before, after in zip(theta, theta[1:], strict=False)]
+    moved = [not torch.equal(before, after) for before, after in pairwise(theta)]
     assert moved == [False] * 4 + [True] * 4 + [False] * 3  # step 4 still sees the prior it was patched with
     assert trainer.phase is Phase.RECOVER
 
 
-def test_finetuning_a_patched_model_is_dense_training(tmp_path):
+def test_finetuning_a_patched_model_is_dense_training(tmp_path: Path) -> None:
     options = {"finetune_fraction": 1, "sparsify_fraction": 0, "recover_fraction": 0, "max_steps": 5}
     trainer = make_trainer(tmp_path, **options)
     trainer.train()
@@ -200,14 +230,14 @@ def test_finetuning_a_patched_model_is_dense_training(tmp_path):
 
 
 @pytest.mark.parametrize("fractions", [(0, 0.5, 0.5), (0.5, 0.5, 0), (0, 1, 0), (0, 0, 1)], ids=str)
-def test_a_fraction_of_zero_skips_a_phase(tmp_path, fractions):
+def test_a_fraction_of_zero_skips_a_phase(tmp_path: Path, fractions: tuple[float, ...]) -> None:
     names = ("finetune_fraction", "sparsify_fraction", "recover_fraction")
     trainer = make_trainer(tmp_path, max_steps=4, **dict(zip(names, fractions, strict=True)))
     trainer.train()
     assert not variational_layers(trainer.prune())
 
 
-def test_logs_say_what_happens(tmp_path):
+def test_logs_say_what_happens(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer_options={"eval_dataset": rows()})
     trainer.train()
     history = [logs for logs in trainer.state.log_history if "loss" in logs]
@@ -227,7 +257,7 @@ def test_logs_say_what_happens(tmp_path):
     assert [name for name in milestones if name in ("dense_loss", "cut_loss")] == ["dense_loss", "cut_loss"]
 
 
-def run(output_dir: Path, *, resume_from: int | None = None, **options) -> dict[str, Tensor]:
+def run(output_dir: Path, *, resume_from: int | None = None, **options: Any) -> dict[str, Tensor]:
     """Train with dropout and noise, saving every step, and return the final state."""
     data = {"eval_dataset": rows()}
     trainer = make_trainer(
@@ -248,13 +278,13 @@ def run(output_dir: Path, *, resume_from: int | None = None, **options) -> dict[
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     return folder, run(folder)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 8, 9, 11])
-def test_a_resumed_run_ends_bit_equal(uninterrupted, tmp_path, step):
+def test_a_resumed_run_ends_bit_equal(uninterrupted: Run, tmp_path: Path, step: int) -> None:
     folder, expected = uninterrupted
     (tmp_path / f"checkpoint-{step}").symlink_to(folder / f"checkpoint-{step}")
     state = run(tmp_path, resume_from=step)
@@ -263,7 +293,7 @@ def test_a_resumed_run_ends_bit_equal(uninterrupted, tmp_path, step):
     assert different == []
 
 
-def test_the_interrupted_run_is_one_that_could_differ(uninterrupted):
+def test_the_interrupted_run_is_one_that_could_differ(uninterrupted: Run) -> None:
     folder, _ = uninterrupted
     masks = load_file(folder / "checkpoint-9" / "model.safetensors")
     kept = torch.cat([value for name, value in masks.items() if ".keep_" in name])
@@ -272,7 +302,7 @@ def test_the_interrupted_run_is_one_that_could_differ(uninterrupted):
     assert not (folder / "checkpoint-4" / "teacher.safetensors").exists()
 
 
-def test_best_model_and_early_stopping_count_only_recovery(tmp_path):
+def test_best_model_and_early_stopping_count_only_recovery(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path,
         trainer_options={"eval_dataset": rows(), "callbacks": [EarlyStoppingCallback(1)]},
@@ -303,7 +333,7 @@ def test_best_model_and_early_stopping_count_only_recovery(tmp_path):
 )
 # Dynamo itself instantiates the autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_ways_to_train(tmp_path, options):
+def test_ways_to_train(tmp_path: Path, options: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, max_steps=6, **options)
     trainer.train()
     kl = [logs["kl"] for logs in trainer.state.log_history if "kl" in logs]
@@ -312,7 +342,7 @@ def test_ways_to_train(tmp_path, options):
     assert all(layer.log_var.dtype is torch.float32 for layer in variational_layers(trainer.model).values())
 
 
-def test_gradient_checkpointing_keeps_the_kl_gradient(tmp_path):
+def test_gradient_checkpointing_keeps_the_kl_gradient(tmp_path: Path) -> None:
     model = patch_model_(tiny_bert())
     plain = gradients(tmp_path, model, 2, rows())
     checkpointed = gradients(tmp_path, model, 2, rows(), activation_checkpointing=True)
@@ -320,7 +350,7 @@ def test_gradient_checkpointing_keeps_the_kl_gradient(tmp_path):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
-def test_prune_keeps_the_score(tmp_path):
+def test_prune_keeps_the_score(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, trainer_options={"eval_dataset": rows()}, log_var_distance=12.0, kl_weight=4.0)
     trainer.train()
     masked = trainer.evaluate()["eval_loss"]
@@ -332,7 +362,7 @@ def test_prune_keeps_the_score(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-5)
 
 
-def test_own_rates_and_no_weight_decay(tmp_path):
+def test_own_rates_and_no_weight_decay(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, weight_decay=0.1, log_var_distance=2.0, group_scale_distance=1.0)
     trainer.train()
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -347,7 +377,7 @@ def test_own_rates_and_no_weight_decay(tmp_path):
     assert sorted(listed) == sorted(id(p) for p in trainer.model.parameters())
 
 
-def test_a_given_teacher_is_used_and_fixed(tmp_path):
+def test_a_given_teacher_is_used_and_fixed(tmp_path: Path) -> None:
     teacher = tiny_bert()
     before = deepcopy(teacher.state_dict())
     trainer = make_trainer(tmp_path, trainer_options={"teacher": teacher}, distillation_weight=1.0)
@@ -356,19 +386,19 @@ def test_a_given_teacher_is_used_and_fixed(tmp_path):
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
-def test_a_language_model_must_state_its_number_of_tokens(tmp_path):
+def test_a_language_model_must_state_its_number_of_tokens(tmp_path: Path) -> None:
     model = tiny_bert(BertLMHeadModel, is_decoder=True)
     trainer = make_trainer(tmp_path, model, data=rows(language_model=True), finetune_fraction=0)
     with pytest.raises(ValueError, match="set `num_data`"):
         trainer.train()
 
 
-def test_model_init_is_patched(tmp_path):
+def test_model_init_is_patched(tmp_path: Path) -> None:
     trainer = VDTrainer(model_init=lambda: tiny_bert(), args=arguments(tmp_path), train_dataset=rows())
     assert variational_layers(trainer.model)
 
 
-def test_plain_arguments_are_refused(tmp_path):
+def test_plain_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected `VDTrainingArguments`"):
         VDTrainer(model=tiny_bert(), args=None)
 
@@ -383,5 +413,5 @@ def test_plain_arguments_are_refused(tmp_path):
         ("_get_output_dir", ["self", "trial"]),
     ],
 )
-def test_private_methods_of_the_trainer_are_where_we_override_them(method, parameters):
+def test_private_methods_of_the_trainer_are_where_we_override_them(method: str, parameters: list[str]) -> None:
     assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's checkpoints hold beyond what the Trainer writes: the teacher, and parameters under names that load."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+
+__all__ = ["has_teacher", "load_teacher_", "native_names", "save_teacher"]
+
+#: Weights of the teacher inside a checkpoint.
+TEACHER_FILE = "teacher.safetensors"
+
+
+def has_teacher(checkpoint: str | Path) -> bool:
+    """Tell whether a checkpoint holds a teacher.
+
+    Args:
+        checkpoint: Its folder.
+
+    Returns:
+        Whether it does.
+    """
+    return (Path(checkpoint) / TEACHER_FILE).exists()
+
+
+def save_teacher(teacher: nn.Module, checkpoint: str | Path) -> None:
+    """Put a teacher into a checkpoint, as it may be the model of a step that is gone.
+
+    Args:
+        teacher: The teacher.
+        checkpoint: Folder of a checkpoint.
+    """
+    save_model(teacher, str(Path(checkpoint) / TEACHER_FILE))
+
+
+def load_teacher_(teacher: nn.Module, checkpoint: str | Path) -> None:
+    """Take the weights of a teacher from a checkpoint, in place.
+
+    Args:
+        teacher: A model of the teacher's class and config.
+        checkpoint: Folder of a checkpoint that holds one.
+    """
+    load_model(teacher, Path(checkpoint) / TEACHER_FILE)
+
+
+@contextmanager
+def native_names(model: PreTrainedModel) -> Generator[None]:
+    """Make a model save its parameters under the names they have in memory, which is how a resumed run reads them.
+
+    By default some models save under older names, and the Trainer then skips those it does not know
+    (huggingface/transformers#48805). `from_pretrained` reads either.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    model.__dict__["save_pretrained"] = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.__dict__["save_pretrained"]
