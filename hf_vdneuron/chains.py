@@ -6,15 +6,19 @@ next layer's inputs read them. What stands between may mix positions, never feat
 """
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TypeGuard, get_args
 
 from torch import nn
 
+from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.sublayers import Axis, Role, Side, SideName, Slice, Sublayer, Unit
 
 
 __all__ = ["find_chain_sublayers"]
 
-_Weighted = nn.Linear | nn.Conv1d | nn.Conv2d
+_Convolution = nn.Conv1d | nn.Conv2d
+_Weighted = nn.Linear | _Convolution
 
 #: Elementwise maps: a constant input gives a constant output, feature by feature.
 _ACTIVATIONS = (
@@ -50,66 +54,27 @@ _POOLINGS = (
 _NEUTRAL = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Identity)
 
 
+class _Signal(Enum):
+    """How features lie in what flows between two layers."""
+
+    NEURONS = auto()
+    """Along the last axis."""
+    MAP = auto()
+    """Along the channel axis, before the positions."""
+    FLAT = auto()
+    """Along the last axis, the positions of each channel one behind another."""
+
+
 @dataclass
 class _Producer:
     """A layer whose output features have not met their reader yet."""
 
     path: str
     num_units: int
+    signal: _Signal
     norms: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
-    padded: bool = False
-
-
-def _leaves(model: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    found = []
-    for name, child in model.named_children():
-        path = f"{prefix}{name}"
-        found += _leaves(child, f"{path}.") if type(child) is nn.Sequential else [(path, child)]
-    return found
-
-
-def _is_zero_padded(module: nn.Module) -> bool:
-    """Tell whether a layer reads zeros beyond the border, where a constant map stops being constant."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        padding = module.padding
-        padded = padding != "valid" if isinstance(padding, str) else any(padding)
-        return padded and module.padding_mode == "zeros"
-    if isinstance(module, nn.AvgPool1d | nn.AvgPool2d):
-        padding = module.padding if isinstance(module.padding, tuple) else (module.padding,)
-        return any(padding) and module.count_include_pad
-    return False
-
-
-def _num_features(module: _Weighted) -> tuple[int, int]:
-    """Return the numbers of output and input features."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.out_channels, module.in_channels
-
-
-def _join(producer: _Producer, path: str, reader: _Weighted) -> Sublayer:
-    """Build the sub-layer between a layer and the one that reads it."""
-    num_inputs = _num_features(reader)[1]
-    # A flattened map gives its reader several inputs per channel, one behind another.
-    size, rest = divmod(num_inputs, producer.num_units)
-    if rest:
-        raise ValueError(
-            f"Layer `{path}` reads {num_inputs} features, which is not a multiple of the {producer.num_units} that "
-            f"`{producer.path}` makes: the chain does not run in the order of its modules."
-        )
-    return Sublayer(
-        path=producer.path,
-        unit=Unit.NEURON,
-        num_units=producer.num_units,
-        sides=(
-            Side(SideName.IN, (Slice(producer.path, Role.INTERMEDIATE, Axis.OUT),)),
-            Side(SideName.OUT, (Slice(path, Role.OUTPUT, Axis.IN, size),)),
-        ),
-        companions=tuple(Slice(norm, Role.NORM, Axis.OUT) for norm in producer.norms),
-        activations=tuple(producer.activations),
-        foldable=reader.bias is not None and not producer.padded and not _is_zero_padded(reader),
-    )
+    foldable: bool = True
 
 
 def find_chain_sublayers(model: nn.Sequential) -> list[Sublayer]:
@@ -124,40 +89,126 @@ def find_chain_sublayers(model: nn.Sequential) -> list[Sublayer]:
 
     Raises:
         TypeError: If the chain holds anything else.
-        ValueError: If two neighbouring layers do not fit together.
+        ValueError: If two neighbouring layers do not fit together, or a layer runs twice.
     """
     sublayers: list[Sublayer] = []
+    seen: set[nn.Module] = set()
     producer: _Producer | None = None
     for path, module in _leaves(model):
-        if isinstance(module, _Weighted):
-            _require_ungrouped(path, module)
-            if producer is not None:
-                sublayers.append(_join(producer, path, module))
-            producer = _Producer(path, _num_features(module)[0])
-        elif isinstance(module, _ACTIVATIONS + _NORMS + _POOLINGS + _NEUTRAL):
+        if not _is_weighted(module):
+            _require_known(path, module)
             if producer is not None:
                 _pass_through_(producer, path, module)
-        else:
-            raise TypeError(
-                f"Module `{path}` is a `{type(module).__name__}`, which may mix features. A chain can hold nested "
-                "`nn.Sequential` of Linear, Conv1d, Conv2d, BatchNorm, elementwise activations, pooling, Flatten and "
-                "Dropout; wrap anything else in a `transformers` model."
-            )
+            continue
+        _require_plain(path, module, seen)
+        seen.add(module)
+        if producer is not None:
+            sublayers.append(_join(producer, path, module))
+        is_map = isinstance(module, _Convolution)
+        producer = _Producer(path, _num_features(module)[0], _Signal.MAP if is_map else _Signal.NEURONS)
     return sublayers
 
 
-def _require_ungrouped(path: str, module: _Weighted) -> None:
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
+def _leaves(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """List the steps of a chain in order; an activation may serve several times."""
+    leaves: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        is_part = bool(leaves) and path.startswith(f"{leaves[-1][0]}.")  # of a variational layer
+        if type(module) is not nn.Sequential and not is_part:
+            leaves.append((path, module))
+    return leaves
+
+
+def _is_weighted(module: nn.Module) -> TypeGuard[_Weighted]:
+    """Tell whether a module is a layer whose neurons can go; a subclass of one may compute something else."""
+    return type(module) in get_args(_Weighted) or isinstance(module, VariationalLayer)
+
+
+def _require_plain(path: str, layer: _Weighted, seen: set[nn.Module]) -> None:
+    if layer in seen:
+        raise ValueError(f"Layer `{path}` runs twice in the chain: its inputs and outputs could not be cut apart.")
+    if isinstance(layer, _Convolution) and layer.groups != 1:
         raise TypeError(
-            f"Convolution `{path}` has `groups={module.groups}`: its inputs and outputs must be removed together, "
+            f"Convolution `{path}` has `groups={layer.groups}`: its inputs and outputs must be removed together, "
             "which is not supported. Expected `groups=1`."
         )
 
 
+def _require_known(path: str, module: nn.Module) -> None:
+    if not isinstance(module, _ACTIVATIONS + _NORMS + _POOLINGS + _NEUTRAL):
+        raise TypeError(
+            f"Module `{path}` is a `{type(module).__name__}`, which may mix features. A chain can hold nested "
+            "`nn.Sequential` of Linear, Conv1d, Conv2d, BatchNorm, elementwise activations, pooling, Flatten and "
+            "Dropout; wrap anything else in a `transformers` model."
+        )
+
+
 def _pass_through_(producer: _Producer, path: str, module: nn.Module) -> None:
-    """Note what a module between two layers does to a constant."""
+    """Note what a module between two layers does to the features and to a constant."""
+    if isinstance(module, nn.Flatten) and producer.signal is _Signal.MAP:
+        producer.signal = _Signal.FLAT
+    if isinstance(module, _POOLINGS) and producer.signal is not _Signal.MAP:
+        raise TypeError(f"`{path}` pools over the neurons of `{producer.path}`: expected a convolution before it.")
     if isinstance(module, _NORMS):
+        if module.num_features != producer.num_units:
+            raise ValueError(
+                f"Norm `{path}` has {module.num_features} features, but `{producer.path}` makes {producer.num_units}: "
+                "expected one feature per neuron or channel."
+            )
         producer.norms.append(path)
     if isinstance(module, _NORMS + _ACTIVATIONS):
         producer.activations.append(path)
-    producer.padded |= _is_zero_padded(module)
+    producer.foldable &= _keeps_constants(module)
+
+
+def _keeps_constants(module: nn.Module) -> bool:
+    """Tell whether a constant map leaves a module as a constant map that is known in advance."""
+    if isinstance(module, nn.AvgPool1d | nn.AvgPool2d):
+        pads = module.padding if isinstance(module.padding, tuple) else (module.padding,)
+        reads_zeros = any(pads) and module.count_include_pad
+        return not reads_zeros and getattr(module, "divisor_override", None) is None
+    if isinstance(module, _NORMS):
+        return module.running_mean is not None  # otherwise evaluation normalises by the batch
+    if isinstance(module, _Convolution):
+        padding = module.padding
+        padded = padding != "valid" if isinstance(padding, str) else any(padding)
+        return not (padded and module.padding_mode == "zeros")
+    return True
+
+
+def _num_features(layer: _Weighted) -> tuple[int, int]:
+    """Return the numbers of output and input features."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels
+
+
+def _features_per_unit(producer: _Producer, path: str, reader: _Weighted) -> int:
+    """Count how many inputs of a reader each unit fills: several where a map was flattened."""
+    num_inputs = _num_features(reader)[1]
+    size, rest = divmod(num_inputs, producer.num_units) if producer.num_units else (1, num_inputs)
+    reads_map = isinstance(reader, _Convolution)
+    fits = reads_map == (producer.signal is _Signal.MAP) and (size == 1 or producer.signal is _Signal.FLAT)
+    if rest or not fits:
+        raise ValueError(
+            f"Layer `{path}` reads {num_inputs} features of `{producer.path}`, which makes {producer.num_units}: "
+            "expected as many, or a whole multiple behind a convolution and `Flatten`."
+        )
+    return size
+
+
+def _join(producer: _Producer, path: str, reader: _Weighted) -> Sublayer:
+    """Build the sub-layer between a layer and the one that reads it."""
+    size = _features_per_unit(producer, path, reader)
+    return Sublayer(
+        path=producer.path,
+        unit=Unit.NEURON,
+        num_units=producer.num_units,
+        sides=(
+            Side(SideName.IN, (Slice(producer.path, Role.INTERMEDIATE, Axis.OUT),)),
+            Side(SideName.OUT, (Slice(path, Role.OUTPUT, Axis.IN, size),)),
+        ),
+        companions=tuple(Slice(norm, Role.NORM, Axis.OUT) for norm in producer.norms),
+        activations=tuple(producer.activations),
+        foldable=reader.bias is not None and producer.foldable and _keeps_constants(reader),
+    )

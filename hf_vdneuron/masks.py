@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, feature_axis
-from hf_vdneuron.sublayers import Axis, Side, Sublayer
+from hf_vdneuron.sublayers import Axis, Side, Slice, Sublayer
 
 
 __all__ = ["RelevanceMask", "end_units", "mask_model_", "read_mask"]
@@ -130,24 +130,28 @@ def read_mask(model: nn.Module) -> RelevanceMask:
         model: A patched model.
 
     Returns:
-        The mask of every sub-layer with a masked variational layer; empty for a dense model.
+        The mask of every sub-layer with a variational layer; empty for a dense model. Where a slice is not
+        variational, units without any weight left in it count as ended.
     """
-    keep = {}
-    for sublayer in find_sublayers(model):
-        sides = [_read_side(model, side, sublayer.num_units) for side in sublayer.sides]
-        if any(side is not None for side in sides):
-            everything = torch.ones(sublayer.num_units, dtype=torch.bool)
-            keep[sublayer.path] = torch.stack([everything if side is None else side for side in sides])
-    return RelevanceMask(keep)
+    return RelevanceMask({
+        sublayer.path: torch.stack([_read_side(model, side, sublayer.num_units) for side in sublayer.sides])
+        for sublayer in find_sublayers(model)
+        if any(_carried_mask(model, part) is not None for side in sublayer.sides for part in side.slices)
+    })
 
 
-def _read_side(model: nn.Module, side: Side, num_units: int) -> Tensor | None:
-    """Read which units a side keeps, or None if none of its slices carries a mask."""
-    kept = None
+def _carried_mask(model: nn.Module, part: Slice) -> Tensor | None:
+    return _buffer(dense_layer(model, part.module), part.axis)
+
+
+def _read_side(model: nn.Module, side: Side, num_units: int) -> Tensor:
+    kept = torch.ones(num_units, dtype=torch.bool)
     for part in side.slices:
-        buffer = _buffer(dense_layer(model, part.module), part.axis)
-        if buffer is not None:
-            kept = buffer.cpu()[part.features(torch.arange(num_units))].all(-1) & (True if kept is None else kept)
+        by_feature = _carried_mask(model, part)
+        if by_feature is None:
+            layer = dense_layer(model, part.module)
+            by_feature = layer.weight.movedim(feature_axis(layer, part.axis), 0).flatten(1).any(1)
+        kept &= by_feature.cpu()[part.features(torch.arange(num_units))].any(1)
     return kept
 
 

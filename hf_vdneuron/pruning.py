@@ -48,15 +48,28 @@ def prune_model_(model: nn.Module, mask: RelevanceMask | None = None) -> nn.Modu
         `hf_vdneuron.from_pretrained`.
 
     Raises:
-        ValueError: If the mask does not fit the model.
+        ValueError: If the mask does not fit the model, or leaves a convolution without channels.
     """
     mask = read_mask(model) if mask is None else mask
+    _require_channels(model, mask)
     unpatch_model_(mask_model_(model, mask))
     for sublayer in find_sublayers(model):
         kept = mask.kept_units(sublayer)
         if len(kept) < sublayer.num_units:
             _remove_units_(model, sublayer, kept)
     return as_pruned_model_(model) if isinstance(model, PreTrainedModel) else model
+
+
+def _require_channels(model: nn.Module, mask: RelevanceMask) -> None:
+    """Refuse what PyTorch cannot run, a convolution from or to no channels, before anything is cut."""
+    for sublayer in find_sublayers(model):
+        layers = [dense_layer(model, part.module) for part in sublayer.matrices]
+        has_maps = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in layers)
+        if has_maps and len(mask.kept_units(sublayer)) == 0:
+            raise ValueError(
+                f"The mask ends all channels of `{sublayer.path}`, and PyTorch cannot run a convolution without any: "
+                "keep at least one."
+            )
 
 
 def _remove_units_(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
@@ -92,7 +105,8 @@ def _constant(model: nn.Module, sublayer: Sublayer) -> Tensor:
         maker.weight.new_zeros(maker.weight.shape[feature_axis(maker, Axis.OUT)]) if maker.bias is None else maker.bias
     )
     is_map = isinstance(maker, nn.Conv1d | nn.Conv2d)
-    signal = bias.detach().view(1, -1, *(1,) * (maker.weight.ndim - 2 if is_map else 0))
+    # A copy, as an activation may work in place.
+    signal = bias.detach().clone().view(1, -1, *(1,) * (maker.weight.ndim - 2 if is_map else 0))
     for path in sublayer.activations:
         signal = _apply_in_eval(attrgetter(path)(model), signal)
     return signal.flatten()
