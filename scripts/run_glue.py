@@ -103,7 +103,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     chosen = fitting_tasks(config, tasks)
     data = {task: validation_rows(task, args) for task in chosen}
     model, tokenizer = load_classifier(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    model.to(device=device)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` so that it seems unbound
     results = {
         task.name: evaluate_glue(
             model,

@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,7 +20,7 @@ from transformers import (
 
 from hf_vdneuron.cli import check_writable_output_dir, one_line_errors, parse_args, print_table, write_json
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.evaluation import encode, make_compute_metrics
+from hf_vdneuron.evaluation import encode, load_tokenizer, make_compute_metrics
 from hf_vdneuron.glue import GlueTask, glue_task, load_glue, take
 from hf_vdneuron.model_card import render_model_card
 from hf_vdneuron.report import RunReport, dense_twin, environment, report_model, report_speed
@@ -58,7 +57,7 @@ def load_model(name: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTo
         name, num_labels=len(labels), id2label=labels, label2id={label: index for index, label in labels.items()}
     )
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config), AutoTokenizer.from_pretrained(name)
+    return AutoModelForSequenceClassification.from_pretrained(name, config=config), load_tokenizer(name)
 
 
 def build_trainer(data_args: DataArguments, args: VDTrainingArguments, vd_config: VDConfig) -> VDTrainer:

@@ -1,0 +1,67 @@
+"""Small GLUE tasks as files, a tokenizer for their words, and classifiers that read them."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pruned_models import CONFIGS
+from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
+
+from hf_vdneuron.glue import GlueTask
+
+
+NUM_ROWS = 6
+SEED = 4  # of classifiers that give different labels to the rows of every task
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = "abcdefghijklmno"  # with the special tokens, as many as the tiny models know
+
+
+def labels_for(task: GlueTask, num_rows: int = NUM_ROWS) -> list[float]:
+    """Labels at both ends of their range and between them."""
+    if task.is_regression:
+        return [row * 5 / (num_rows - 1) for row in range(num_rows)]
+    return [row % task.num_labels for row in range(num_rows)]
+
+
+def columns_for(task: GlueTask, num_rows: int = NUM_ROWS) -> dict[str, list[Any]]:
+    """Rows of different lengths."""
+    rng = np.random.default_rng(0)
+    texts = {
+        column: [" ".join(rng.choice(list(WORDS), size=1 + row % 5)) for row in range(num_rows)]
+        for column in task.text_columns
+    }
+    return {**texts, "label": labels_for(task, num_rows), "idx": list(range(num_rows))}
+
+
+def write_task(folder: Path, task: GlueTask, **changes: Any) -> Path:
+    """Write the validation splits of a task; `changes` replace columns, None drops one."""
+    columns = {name: value for name, value in {**columns_for(task), **changes}.items() if value is not None}
+    (folder / task.name).mkdir(parents=True, exist_ok=True)
+    for split in task.validation_splits:
+        pq.write_table(pa.table(columns), folder / task.name / f"{split}.parquet")
+    return folder
+
+
+def tiny_tokenizer() -> BertTokenizer:
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
+    return BertTokenizer(vocab=vocabulary, model_max_length=16)
+
+
+@torch.no_grad()
+def tiny_classifier(num_labels: int, family: str = "bert", label_names: Sequence[str] = ()) -> PreTrainedModel:
+    """A classifier whose predictions depend on the words: its matrices are large, all else is native."""
+    config = deepcopy(CONFIGS[family])
+    config.num_labels = num_labels
+    if label_names:
+        config.id2label = dict(enumerate(label_names))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    random = torch.Generator().manual_seed(SEED)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(generator=random)
+    return model

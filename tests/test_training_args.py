@@ -1,0 +1,61 @@
+"""Arguments of a run: ranges, refusals, division into phases."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_vdneuron.config import VDConfig
+from hf_vdneuron.schedules import Decay, PhasePlan
+from hf_vdneuron.training_args import VDTrainingArguments
+
+
+def test_defaults_divide_a_run(tmp_path: Path) -> None:
+    assert VDTrainingArguments(output_dir=str(tmp_path)).phase_plan(1000) == PhasePlan(300, 500, 200)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsify_fraction": -0.1}, "expected shares of at least 0"),
+        ({"finetune_fraction": 0, "sparsify_fraction": 0, "recover_fraction": 0}, "not all 0"),
+        ({"kl_ramp": 1.5}, "`kl_ramp` is 1.5"),
+        ({"kl_start": 0.0}, "`kl_start` is 0.0"),
+        ({"kl_weight": -1.0}, "`kl_weight` is -1.0"),
+        ({"dropout_rate_threshold": 2.0}, "`dropout_rate_threshold` is 2.0"),
+        ({"distillation_weight": -0.5}, "`distillation_weight` is -0.5"),
+        ({"distillation_temperature": 0.0}, "`distillation_temperature` is 0.0"),
+        ({"num_data": 0}, "`num_data` is 0"),
+        ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant=True",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_values_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VDTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"),
+    [
+        ("linear", Decay.LINEAR),
+        ("cosine", Decay.COSINE),
+        ("constant", Decay.CONSTANT),
+        ("constant_with_warmup", Decay.CONSTANT),
+    ],
+)
+def test_scheduler_types_have_a_decay_per_phase(tmp_path: Path, name: str, decay: Decay) -> None:
+    assert VDTrainingArguments(output_dir=str(tmp_path), lr_scheduler_type=name).decay is decay
+
+
+def test_every_field_is_a_flag(tmp_path: Path) -> None:
+    parser = HfArgumentParser([VDTrainingArguments, VDConfig])
+    flags = ["--output_dir", str(tmp_path), "--kl_weight", "0.5", "--prior", "group", "--exclude", "a*", "b*"]
+    args, config = parser.parse_args_into_dataclasses(flags)
+    assert args.kl_weight == 0.5
+    assert config == VDConfig(prior="group", exclude=["a*", "b*"])
