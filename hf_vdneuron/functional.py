@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 __all__ = [
@@ -120,7 +120,7 @@ def relevance(mean: Tensor, log_var: Tensor) -> Tensor:
     Returns:
         Relevance in nats, same shape, not negative.
     """
-    return softplus(-log_alpha(mean, log_var)) / 2
+    return -logsigmoid(log_alpha(mean, log_var)) / 2
 
 
 def optimal_prior_scale(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -221,8 +221,8 @@ class _KLBound(torch.autograd.Function):
         shape = [1] * moment.ndim
         shape[axis] = -1
 
-        # log p(W~) = log p_1 N_1 + softplus(-logit) with logit = log p_1 N_1 - log p_2 N_2. As sigma_1 >= sigma_2 the
-        # logit grows with W~, so that softplus never has to cancel a large term.
+        # log p(W~) = log p_1 N_1 - log sigmoid(logit) with logit = log p_1 N_1 - log p_2 N_2. As sigma_1 >= sigma_2
+        # the logit grows with W~, so that the second term never has to cancel a large first one.
         moment_sum = moment.sum(across)
         count = torch.full_like(moment_sum, moment.numel() // moment_sum.numel())
         log_prob = count * (log_weight[0] - (variance[0].log() + LOG_2PI) / 2) - moment_sum / variance[0] / 2
@@ -233,10 +233,11 @@ class _KLBound(torch.autograd.Function):
             offset = log_weight[0] - log_weight[1] - (variance[0].log() - variance[1].log()) / 2
             gap = precision[1] - precision[0]
             logit = torch.addcmul(offset.view(shape), moment, gap.view(shape), value=0.5)
-            log_prob = log_prob + softplus(-logit).sum(across)
-            wide = logit.sigmoid_()
-            lam = torch.addcmul(precision[1].view(shape), wide, gap.view(shape), value=-1)
-            narrow = 1 - wide
+            log_prob = log_prob - logsigmoid(logit).sum(across)
+            # Each responsibility comes from the logit: 1 - wide would lose a small one, which the precision of a
+            # narrow component makes large again.
+            wide, narrow = logit.sigmoid(), logit.neg_().sigmoid_()
+            lam = torch.addcmul(wide * precision[0].view(shape), narrow, precision[1].view(shape))
             resp = torch.stack([wide.sum(across), narrow.sum(across)])
             resp_moment = torch.stack([wide.mul_(moment).sum(across), narrow.mul_(moment).sum(across)])
 

@@ -84,7 +84,7 @@ class VariationalLayer(nn.Module):
     @property
     def var(self) -> Tensor:
         """Posterior variance under the masks, in the shape of `weight`, float32."""
-        var = self.log_var.exp()
+        var = self._shape_parameter(self.log_var).exp()
         for axis in (0, 1):
             mask = self._mask(axis)
             if mask is not None:
@@ -102,12 +102,15 @@ class VariationalLayer(nn.Module):
         """
         mean = self.mean
         if self.training and self.collect_kl:
-            self.kl, per_feature = kl_bound(mean, self.log_var, self.prior.theta(), self.group_axis)
+            log_var = self._shape_parameter(self.log_var)
+            self.kl, per_feature = kl_bound(mean, log_var, self.prior.theta(), self.group_axis)
             self.statistics = self.prior.pool(per_feature)
         output_mean = self._product(inputs, mean, self.bias)
         if self.training and self.frozen:
             # A parameter without a gradient would stop distributed data parallelism.
-            output_mean = output_mean + 0 * sum(parameter.sum() for parameter in self._shape_parameters())
+            output_mean = output_mean + 0 * self.log_var.sum()
+            if self.group_scale is not None:
+                output_mean = output_mean + 0 * self.group_scale.sum()
         if not (self.training and self.noise):
             return output_mean
         # Squares of bfloat16 inputs lose half their digits, so the variance leaves autocast.
@@ -132,8 +135,9 @@ class VariationalLayer(nn.Module):
         """Apply the dense layer's map with other weights."""
         raise NotImplementedError(f"`{type(self).__name__}` does not say how it multiplies.")
 
-    def _shape_parameters(self) -> list[nn.Parameter]:
-        return [self.log_var] if self.group_scale is None else [self.log_var, self.group_scale]
+    def _shape_parameter(self, parameter: Tensor) -> Tensor:
+        """Give a log-variance or group scale, without a gradient if they stand still."""
+        return parameter.detach() if self.frozen else parameter
 
     def _broadcast(self, per_feature: Tensor, axis: int) -> Tensor:
         shape = [1] * self.weight.ndim
@@ -148,8 +152,7 @@ class VariationalLayer(nn.Module):
         mask = self._mask(axis)
         if self.group_scale is None or axis != self.group_axis:
             return mask
-        group_scale = self.group_scale.detach() if self.frozen else self.group_scale
-        scale = group_scale[self.prior.feature_group]
+        scale = self._shape_parameter(self.group_scale)[self.prior.feature_group]
         return scale if mask is None else scale * mask
 
     def __getstate__(self) -> dict[str, Any]:

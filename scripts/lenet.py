@@ -36,9 +36,9 @@ NUM_FOLDS = 5
 SPLIT_SEED = 0
 BATCH_SIZE = 100
 DENSE_EPOCHS = 10
-VARIATIONAL_EPOCHS = 60
+VARIATIONAL_EPOCHS = 120
 #: Weight of the KL term, and the share of the variational epochs over which it rises linearly from 0.
-KL_WEIGHT = 1.0
+KL_WEIGHT = 0.5
 WARMUP_SHARE = 0.3
 LEARNING_RATE = 1e-3
 LOG_VAR_LEARNING_RATE = 1e-2

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
+from hf_vdneuron import layers
 from hf_vdneuron.functional import Theta, kl_bound, second_moment
 from hf_vdneuron.layers import (
     DenseLayer,
@@ -303,20 +304,20 @@ def test_bfloat16_weights_keep_a_float32_posterior(build: Build, shape: Shape) -
 
 
 @class_cases
-def test_variance_is_computed_in_float32_under_autocast(build: Build, shape: Shape) -> None:
-    layer = trained(build())
-    with torch.no_grad():
-        layer.weight.zero_()
-        if layer.bias is not None:
-            layer.bias.zero_()
-    inputs = torch.randn(64, *shape)
-    torch.manual_seed(7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_variance_leaves_autocast(
+    build: Build, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Tensor] = []
+    monkeypatch.setattr(layers, "local_reparameterization", lambda mean, var: given.extend([mean, var]) or mean)
+    layer, inputs = trained(build()), torch.randn(3, *shape, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        noise = layer(inputs)
-    torch.manual_seed(7)
-    assert noise.dtype == torch.bfloat16
-    assert torch.equal(noise, layer(inputs).to(torch.bfloat16))
-    assert layer.kl.dtype == torch.float32
+        layer(inputs)
+    dense, (mean, var) = build().double(), given
+    parameters = {"weight": layer.var.double(), "bias": torch.zeros(6, dtype=torch.float64)}
+    exact = functional_call(dense, parameters, inputs.double().square())
+    assert (mean.dtype, var.dtype, layer.kl.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    torch.testing.assert_close(var.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 # Saving, loading, copying
@@ -329,6 +330,7 @@ def test_saved_weight_is_the_mean(build: Build, shape: Shape, axis: Axis) -> Non
     drop_(layer)
     state = layer.state_dict()
     assert torch.equal(state["weight"], layer.mean)
+    assert not state["weight"].requires_grad
     assert torch.equal(state["direction"], layer.weight)
     dense = build()
     report = dense.load_state_dict(state, strict=False)

@@ -187,6 +187,15 @@ def test_saved_files(family: str, saved: dict[Any, Any]) -> None:
     assert {auto_class.__name__ for auto_class in AUTO_CLASSES.values()} <= auto_map.keys()
 
 
+def test_auto_map_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    model = pruned_model()
+    model.config.auto_map = {"AutoTokenizer": ["me/repo--tokenizer.Tokenizer", None], "AutoModel": "old.Model"}
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoTokenizer"] == ["me/repo--tokenizer.Tokenizer", None]
+    assert auto_map["AutoModel"] == "modeling_vdneuron.BertModel"
+
+
 @families
 def test_sharded_save(family: str, tmp_path: Path) -> None:
     model = pruned_model(family)
@@ -442,9 +451,16 @@ def test_damage_is_one_clear_error(damage: str, folder: Path, monkeypatch: pytes
 
 def test_code_in_the_repository_never_runs(folder: Path) -> None:
     (folder / "modeling_vdneuron.py").write_text("raise SystemExit('ran')")
-    edit_config(folder, attn_implementation="somebody/kernel")
+    edit_config(
+        folder,
+        attn_implementation="somebody/kernel",
+        auto_map={"AutoConfig": "modeling_vdneuron.X", "AutoModel": "x.X"},
+    )
     assert from_pretrained(folder).config._attn_implementation == "sdpa"
     assert from_pretrained(folder, attn_implementation="eager").config._attn_implementation == "eager"
+    edit_config(folder, model_type="unknown")
+    with pytest.raises(ValueError, match="its config cannot be read"):
+        from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -457,5 +473,7 @@ def test_safety_is_not_optional(argument: dict[str, bool], folder: Path) -> None
 
 @pytest.mark.parametrize("model_class", [RobertaModel, dict, transformers.AutoModelForCTC])
 def test_model_class_must_fit(model_class: type, folder: Path) -> None:
-    with pytest.raises(ValueError, match="model_class"):
+    with pytest.raises(
+        ValueError, match="expected a class of transformers that a `BertConfig` builds, got `model_class`"
+    ):
         from_pretrained(folder, model_class=model_class)

@@ -144,6 +144,17 @@ def test_start_is_spread_around_the_mean_moment(prior_class: type[GroupPrior]) -
         assert scales == pytest.approx([math.sqrt(factor * np.mean(moments)) for factor in factors], rel=1e-12)
 
 
+@prior_cases
+def test_starting_again_forgets_em(prior_class: type[GroupPrior]) -> None:
+    posterior = random_posterior(3, fan_in=7)
+    prior, fresh = (start(prior_class, posterior, [0, 1, 2]) for _ in range(2))
+    prior.prior_scales.mul_(2)
+    em_step_(prior, posterior)
+    prior.init_(PriorStatistics(torch.full((1, 3), 7.0), posterior.moment.sum(1)[None]))
+    assert torch.equal(prior.mixture_weights, fresh.mixture_weights)
+    assert torch.equal(prior.prior_scales, fresh.prior_scales)
+
+
 def test_theta_gives_each_feature_the_parameters_of_its_group() -> None:
     posterior = random_posterior(6)
     prior = start(GaussianMixturePrior, posterior, FEATURE_GROUPS["unequal"])
