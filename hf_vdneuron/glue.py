@@ -20,7 +20,7 @@ import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.table import InMemoryTable
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -43,6 +43,12 @@ HUB_DATASET = "nyu-mll/glue"
 
 #: Name of the column with labels, in every task.
 LABEL_COLUMN = "label"
+
+#: Texts that a tokenizer joins into one sequence.
+MAX_TEXT_COLUMNS = 2
+
+#: How a task of one's own is scored.
+_OWN_METRICS = ("accuracy",)
 
 #: STS-B's similarity judgements (Wang 2018, section 3.2, "a similarity score from 1 to 5"; the data hold 0 too).
 SIMILARITY_RANGE = (0, 5)
@@ -107,25 +113,48 @@ _TASKS = (
 GLUE_TASKS = {task.name: task for task in _TASKS}
 
 
-def glue_task(name: str) -> GlueTask:
+def glue_task(name: str, dataset_dir: str | Path | None = None) -> GlueTask:
     """Look up a task.
 
     Args:
-        name: A key of `GLUE_TASKS`, or one followed by `_` and more: an unofficial variant such as `qnli_devsplit`,
-            which is read and scored like the official task but keeps its own name.
+        name: A key of `GLUE_TASKS`; or one followed by `_` and more: an unofficial variant such as `qnli_devsplit`,
+            which is read and scored like the official task but keeps its own name; or, with `dataset_dir`, a task of
+            one's own.
+        dataset_dir: Folder with `<name>/validation.parquet`. In a task of one's own the strings of that file are its
+            texts, its `label` is a `datasets.ClassLabel`, which names the classes, and its score is the accuracy.
 
     Returns:
         The task, under the given name.
 
     Raises:
-        ValueError: The name is neither.
+        ValueError: The name is neither, or one's own file does not say what it holds.
     """
-    family = name.split("_", maxsplit=1)[0]
-    if family not in GLUE_TASKS:
+    official = _official(name)
+    if official is not None:
+        return replace(official, name=name)
+    path = Path(dataset_dir or "") / name / "validation.parquet"
+    if dataset_dir is None or not path.is_file():
         raise ValueError(
-            f"`task_name` is {name!r}, expected one of {', '.join(GLUE_TASKS)}, or one of these plus `_...`"
+            f"`task_name` is {name!r}, expected one of {', '.join(GLUE_TASKS)}, or one of these plus `_...`, or the "
+            "name of a folder in `dataset_dir` with train.parquet and validation.parquet"
         )
-    return replace(GLUE_TASKS[family], name=name)
+    return _own_task(name, path)
+
+
+def _official(name: str) -> GlueTask | None:
+    return GLUE_TASKS.get(name.split("_", maxsplit=1)[0])
+
+
+def _own_task(name: str, path: Path) -> GlueTask:
+    features = Features.from_arrow_schema(pq.read_schema(path))
+    texts = tuple(column for column, feature in features.items() if feature == Value("string"))
+    label = features.get(LABEL_COLUMN)
+    if not isinstance(label, ClassLabel) or not 1 <= len(texts) <= MAX_TEXT_COLUMNS:
+        raise ValueError(
+            f"{path} has the features {dict(features)}, expected one or two strings and a `{LABEL_COLUMN}` of type "
+            "ClassLabel: write it with `datasets`, which keeps the names of the classes"
+        )
+    return GlueTask(name, texts, tuple(label.names), _OWN_METRICS)
 
 
 def _correlation(statistic: Callable[..., Any], references: Sequence[float], predictions: Sequence[float]) -> float:
@@ -153,7 +182,8 @@ class GlueMetric(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        value = Value("float64" if glue_task(self.config_name).is_regression else "int64")
+        task = _official(self.config_name)
+        value = Value("float64" if task is not None and task.is_regression else "int64")
         return evaluate.MetricInfo(
             description=__doc__,
             citation="Wang et al., 2018, https://arxiv.org/abs/1804.07461",
@@ -162,7 +192,8 @@ class GlueMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        names = glue_task(self.config_name).metrics
+        task = _official(self.config_name)
+        names = _OWN_METRICS if task is None else task.metrics
         values = {name: float(METRICS[name](references, predictions)) for name in names}
         return {"score": fmean(values.values()), **values}
 

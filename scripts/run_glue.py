@@ -84,7 +84,7 @@ class EvaluationArguments:
 def named_tasks(args: EvaluationArguments) -> list[GlueTask]:
     """List the tasks that the flags name."""
     if args.task_name != ALL_TASKS:
-        return [glue_task(args.task_name)]
+        return [glue_task(args.task_name, args.dataset_dir)]
     return find_tasks(args.dataset_dir) if args.dataset_dir else list(GLUE_TASKS.values())
 
 

@@ -9,6 +9,7 @@ OUT then holds an ordinary model (weights, config, tokenizer), its model card an
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from transformers import (
     AutoConfig,
@@ -71,7 +72,7 @@ def build_trainer(data_args: DataArguments, args: VDTrainingArguments, vd_config
     Returns:
         The trainer, ready to run.
     """
-    task = glue_task(data_args.task_name)
+    task = glue_task(data_args.task_name, data_args.dataset_dir)
     splits = load_glue(task, data_args.dataset_dir)
     model, tokenizer = load_model(data_args.model_name_or_path, task)
     rows = {
@@ -135,7 +136,8 @@ def save(trainer: VDTrainer, report: RunReport, data_args: DataArguments) -> Non
         repo_id=output_dir.name,
     )
     card.save(output_dir / "README.md")
-    trainer.save_model()
+    cast(PreTrainedTokenizerBase, trainer.processing_class).save_pretrained(output_dir)
+    trainer.model.save_pretrained(output_dir)
 
 
 def print_report(report: RunReport) -> None:
@@ -170,6 +172,7 @@ def main(argv: list[str]) -> None:
     """
     data_args, args, vd_config = parse_args((DataArguments, VDTrainingArguments, VDConfig), argv, description=__doc__)
     check_writable_output_dir(args.output_dir)
+    args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns that it has nothing to pin for
     trainer = build_trainer(data_args, args, vd_config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.prune()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from glue_samples import NUM_ROWS, columns_for, labels_for, write_task
 
 from hf_vdneuron.glue import (
@@ -112,6 +112,30 @@ def test_a_variant_keeps_its_name_and_reads_like_its_family() -> None:
 def test_an_unknown_task_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=f"`task_name` is '{name}', expected one of {', '.join(GLUE_TASKS)}"):
         glue_task(name)
+
+
+def test_a_task_of_ones_own_says_itself_what_it_holds(tmp_path: Path) -> None:
+    features = Features({
+        "question": Value("string"),
+        "answer": Value("string"),
+        "label": ClassLabel(names=["a", "b"]),
+    })
+    rows = {"question": ["x", "y"], "answer": ["z", "w"], "label": [0, 1]}
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "mine" / f"{split}.parquet")
+    task = glue_task("mine", tmp_path)
+    assert task == GlueTask("mine", ("question", "answer"), ("a", "b"), ("accuracy",))
+    assert len(load_glue(task, tmp_path)["train"]) == 2
+    scores = GlueMetric("mine", keep_in_memory=True).compute(predictions=[0, 0], references=[0, 1])
+    assert scores == {"score": 0.5, "accuracy": 0.5}
+
+
+def test_a_task_of_ones_own_must_name_its_classes(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Dataset.from_dict({"sentence": ["x"], "label": [0]}).to_parquet(tmp_path / "mine" / "validation.parquet")
+    with pytest.raises(ValueError, match="ClassLabel"):
+        glue_task("mine", tmp_path)
 
 
 @pytest.mark.parametrize("task", TASKS)
