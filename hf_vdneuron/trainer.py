@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils.generic import ModelOutput
 
 from hf_vdneuron.budget import speedup, units_left
@@ -75,6 +75,8 @@ class VDTrainer(Trainer):
     ) -> None:
         if not isinstance(args, VDTrainingArguments):
             raise ValueError(f"`args` is a `{type(args).__name__}`: expected `VDTrainingArguments`.")
+        if vd_config is not None and model is not None and variational_layers(model):
+            raise ValueError("`model` is patched already, in its own way: leave `vd_config` out.")
         self.vd_config = vd_config or VDConfig()
         self.teacher = teacher
         self.max_length = max_length
@@ -164,17 +166,20 @@ class VDTrainer(Trainer):
         self._require_num_data(inputs, labels)
         nll, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._metrics["nll"].append(nll.detach())
-        loss = self._distil(nll, outputs, inputs, labels)
-        if self._layers_collect_kl:
+        # The Trainer divides a micro-batch's mean by their number, and leaves alone what is scaled already.
+        is_scaled, parts = self._loss_is_scaled(num_items_in_batch), self.current_gradient_accumulation_steps
+        loss = self._distil(nll, outputs, inputs, labels, parts if is_scaled else 1)
+        if any(layer.collect_kl for layer in variational_layers(self.model).values()):
             kl = kl_divergence(self.model) / self.num_data
             self._metrics["kl"].append(kl.detach())
             # The step's KL comes with its first micro-batch, undivided, so that it is exact for any accumulation.
-            divided = not self._loss_is_scaled(num_items_in_batch)
-            loss = loss + self.kl_weight * kl * (self.current_gradient_accumulation_steps if divided else 1)
+            loss = loss + self.kl_weight * kl * (1 if is_scaled else parts)
         return (loss, outputs) if return_outputs else loss
 
-    def _distil(self, nll: Tensor, outputs: ModelOutput, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
-        """Mix in the teacher's loss, which takes the place of the nll."""
+    def _distil(
+        self, nll: Tensor, outputs: ModelOutput, inputs: dict[str, Any], labels: Tensor | None, parts: int
+    ) -> Tensor:
+        """Mix in the teacher's loss over `parts`, which takes the place of the nll."""
         weight = self.args.distillation_weight
         if self.phase is Phase.FINETUNE or self.teacher is None or weight == 0:
             return nll
@@ -183,7 +188,7 @@ class VDTrainer(Trainer):
         temperature = self.args.distillation_temperature
         loss = distillation_loss(outputs["logits"], teacher_outputs["logits"], temperature=temperature, labels=labels)
         self._metrics["distillation"].append(loss.detach())
-        return (1 - weight) * nll + weight * loss
+        return (1 - weight) * nll + weight * loss / parts
 
     def _require_num_data(self, inputs: dict[str, Any], labels: Tensor | None) -> None:
         """Refuse to take examples for tokens: a language model's loss is a mean over target tokens."""
@@ -205,8 +210,9 @@ class VDTrainer(Trainer):
         Many heads take the argument and ignore it, and the Trainer then multiplies their gradients by the number of
         micro-batches (huggingface/transformers#47688).
         """
+        is_own = self.compute_loss_func is not None or self.label_smoother is not None
         known = self._honours_num_items is not None or not self.model_accepts_loss_kwargs
-        if known or self.args.gradient_accumulation_steps == 1:
+        if is_own or known or self.args.gradient_accumulation_steps == 1:
             return
         model.eval()
         with torch.no_grad():
@@ -214,10 +220,6 @@ class VDTrainer(Trainer):
         model.train()
         self._honours_num_items = not torch.equal(*losses)
         self.model_accepts_loss_kwargs = self._honours_num_items
-
-    @property
-    def _layers_collect_kl(self) -> bool:
-        return any(layer.collect_kl for layer in variational_layers(self.model).values())
 
     # ---- Optimizer ----
 
@@ -282,8 +284,11 @@ class VDTrainer(Trainer):
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""
-        if self.eval_dataset is not None:
-            output = self.evaluation_loop(self.get_eval_dataloader(), milestone, metric_key_prefix=milestone)
+        if self.eval_dataset is None:
+            return
+        for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]:
+            prefix = milestone if name is None else f"{milestone}_{name}"
+            output = self.evaluation_loop(self.get_eval_dataloader(name), prefix, metric_key_prefix=prefix)
             self.log(output.metrics or {})
 
     def milestone(self, name: str) -> float | None:
@@ -381,19 +386,13 @@ class _PhaseCallback(TrainerCallback):
     def __init__(self, trainer: VDTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self.trainer._enter_step_()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, *_: Any, **kwargs: Any) -> None:
         """Only the first micro-batch of a step computes the KL."""
         for layer in variational_layers(self.trainer.model).values():
             layer.collect_kl = False
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         em_step_(self.trainer.model)

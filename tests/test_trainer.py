@@ -393,6 +393,21 @@ def test_a_language_model_must_state_its_number_of_tokens(tmp_path: Path) -> Non
         trainer.train()
 
 
+def test_a_patched_model_keeps_its_own_config(tmp_path: Path) -> None:
+    model = patch_model_(tiny_bert(), VDConfig(prior="group"))
+    assert make_trainer(tmp_path, model).model is model
+    with pytest.raises(ValueError, match="leave `vd_config` out"):
+        make_trainer(tmp_path, model, trainer_options={"vd_config": VDConfig()})
+
+
+def test_milestones_of_several_evaluation_sets(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_options={"eval_dataset": {"a": rows(), "b": rows()[:8]}})
+    trainer.train()
+    for name in ("dense_a_loss", "dense_b_loss", "cut_a_loss", "cut_b_loss"):
+        assert trainer.milestone(name) > 0
+    assert trainer.milestone("dense_loss") is None
+
+
 def test_model_init_is_patched(tmp_path: Path) -> None:
     trainer = VDTrainer(model_init=lambda: tiny_bert(), args=arguments(tmp_path), train_dataset=rows())
     assert variational_layers(trainer.model)
