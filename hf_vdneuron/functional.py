@@ -237,7 +237,7 @@ class _KLBound(torch.autograd.Function):
             # Each responsibility comes from the logit: 1 - wide would lose a small one, which the precision of a
             # narrow component makes large again.
             wide, narrow = logit.sigmoid(), logit.neg_().sigmoid_()
-            lam = torch.addcmul(wide * precision[0].view(shape), narrow, precision[1].view(shape))
+            lam = torch.addcmul(precision[0].view(shape), narrow, gap.view(shape))
             resp = torch.stack([wide.sum(across), narrow.sum(across)])
             resp_moment = torch.stack([wide.mul_(moment).sum(across), narrow.mul_(moment).sum(across)])
 
