@@ -32,6 +32,7 @@ _ACTIVATIONS = (
     nn.LogSigmoid,
     nn.Mish,
     nn.ReLU,
+    nn.ReLU6,
     nn.SELU,
     nn.SiLU,
     nn.Sigmoid,
@@ -135,7 +136,8 @@ def _require_plain(path: str, layer: _Weighted, seen: set[nn.Module]) -> None:
 
 
 def _require_known(path: str, module: nn.Module) -> None:
-    if not isinstance(module, _ACTIVATIONS + _NORMS + _POOLINGS + _NEUTRAL):
+    # Exact classes, as a subclass may compute something else.
+    if type(module) not in _ACTIVATIONS + _NORMS + _POOLINGS + _NEUTRAL:
         raise TypeError(
             f"Module `{path}` is a `{type(module).__name__}`, which may mix features. A chain can hold nested "
             "`nn.Sequential` of Linear, Conv1d, Conv2d, BatchNorm, elementwise activations, pooling, Flatten and "
@@ -146,6 +148,8 @@ def _require_known(path: str, module: nn.Module) -> None:
 def _pass_through_(producer: _Producer, path: str, module: nn.Module) -> None:
     """Note what a module between two layers does to the features and to a constant."""
     if isinstance(module, nn.Flatten) and producer.signal is _Signal.MAP:
+        if (module.start_dim, module.end_dim) != (1, -1):
+            raise TypeError(f"`{path}` flattens only some axes: expected all but the first, `nn.Flatten()`.")
         producer.signal = _Signal.FLAT
     if isinstance(module, _POOLINGS) and producer.signal is not _Signal.MAP:
         raise TypeError(f"`{path}` pools over the neurons of `{producer.path}`: expected a convolution before it.")

@@ -109,7 +109,7 @@ class GroupPrior(nn.Module, ABC):
         Returns:
             Itself.
         """
-        variance = (statistics.moment / statistics.resp).squeeze(0)
+        variance = (statistics.moment / statistics.resp.clamp_min(1)).squeeze(0)  # a group may hold no weights
         self.mixture_weights.fill_(1 / self.num_components)
         self._set_variances_(self.initial_variances(variance.to(self.prior_scales.dtype)))
         return self
@@ -131,7 +131,7 @@ class GroupPrior(nn.Module, ABC):
         """
         resp, moment = (sums.to(self.prior_scales.dtype) for sums in statistics)
         if self.num_components > 1:
-            share = resp / resp.sum(0)
+            share = resp / resp.sum(0).clamp_min(torch.finfo(resp.dtype).tiny)
             self.mixture_weights.copy_(share.clamp(MIXTURE_WEIGHT_FLOOR, 1 - MIXTURE_WEIGHT_FLOOR))
         self._set_variances_(torch.where(resp > 0, moment / resp, self.prior_scales.square()))
         return self

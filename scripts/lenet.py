@@ -44,6 +44,8 @@ LEARNING_RATE = 1e-3
 LOG_VAR_LEARNING_RATE = 1e-2
 #: The network is trained from scratch, so it stands more noise than a pretrained one.
 INITIAL_LOG_VAR = -9.0
+#: Stands in the place of a prior for the dense network, trained on for as many epochs.
+CONTROL = "dense"
 RESULTS_FILE = Path(__file__).parent / "results" / "lenet.jsonl"
 
 
@@ -144,17 +146,18 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (model(images).argmax(1) == labels).double().mean().item()
 
 
-def train_dense_(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def train_dense_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
     """Train by maximum likelihood, in place.
 
     Args:
         model: The network.
         images: Training images.
         labels: Their labels.
+        epochs: Number of passes.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     model.train()
-    for _ in range(DENSE_EPOCHS):
+    for _ in range(epochs):
         for x, y in batches(images, labels):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
@@ -208,7 +211,7 @@ def run(prior: str, fold: int, seed: int, data: tuple[Tensor, ...], args: argpar
     """Train a dense network, sparsify it, remove what the rule finds irrelevant.
 
     Args:
-        prior: `group` or `mixture`.
+        prior: `group`, `mixture` or the control.
         fold: Number of the fold.
         seed: Seed of initialisation, order and noise.
         data: Training images and labels, held-out images and labels.
@@ -220,8 +223,11 @@ def run(prior: str, fold: int, seed: int, data: tuple[Tensor, ...], args: argpar
     train_images, train_labels, images, labels = data
     torch.manual_seed(1000 * fold + seed)
     model = lenet()
-    train_dense_(model, train_images, train_labels)
+    train_dense_(model, train_images, train_labels, DENSE_EPOCHS)
     dense_accuracy = accuracy(model, images, labels)
+    if prior == CONTROL:
+        train_dense_(model, train_images, train_labels, args.epochs)
+        return Run(prior, fold, seed, dense_accuracy, accuracy(model, images, labels), (300, 100))
     config = VDConfig(
         prior=PriorType(prior),
         grouping=args.grouping,
@@ -277,7 +283,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with MNIST's two gzipped test files")
-    parser.add_argument("--priors", nargs="+", default=[prior.value for prior in PriorType], help="priors to run")
+    parser.add_argument("--priors", nargs="+", default=[*PriorType, CONTROL], help="priors to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
     parser.add_argument("--num_folds", type=int, default=NUM_FOLDS, help="folds to run, of 5")
     parser.add_argument("--epochs", type=int, default=VARIATIONAL_EPOCHS, help="variational epochs")

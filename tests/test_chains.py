@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import CHAINS
-from torch import nn
+from torch import Tensor, nn
 
 from hf_vdneuron.chains import find_chain_sublayers
 from hf_vdneuron.sublayers import Axis, Role, SideName, Slice, Unit
@@ -47,6 +47,13 @@ def test_norm_before_the_first_layer_belongs_to_no_unit() -> None:
     assert sublayer.companions == ()
 
 
+class Competing(nn.ReLU):
+    """Looks like an elementwise activation, and is none."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.softmax(-1)
+
+
 class Doubled(nn.Linear):
     """A layer that may compute something else."""
 
@@ -63,6 +70,7 @@ class Doubled(nn.Linear):
         pytest.param(nn.ZeroPad2d(1), id="padding"),
         pytest.param(nn.ModuleList([nn.ReLU()]), id="module_list"),
         pytest.param(Doubled(4, 4), id="subclass"),
+        pytest.param(Competing(), id="subclass_of_an_activation"),
     ],
 )
 def test_what_may_mix_features_is_refused_by_name(module: nn.Module) -> None:
@@ -97,6 +105,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name(chain: Callable[[], tuple[nn.
         pytest.param(
             lambda: (nn.Conv1d(3, 4, 1), nn.Flatten(), nn.BatchNorm1d(24), nn.Linear(24, 2)), id="norm_of_positions"
         ),
+        pytest.param(lambda: (nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(36, 2)), id="flattened_positions_only"),
     ],
 )
 def test_what_mixes_features_where_it_stands_is_refused(chain: Callable[[], tuple[nn.Module, ...]]) -> None:

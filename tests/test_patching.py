@@ -30,8 +30,9 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
 from hf_vdneuron.layers import VariationalLayer
-from hf_vdneuron.masks import mask_model_
+from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.patching import patch_model_, select_sublayers, unpatch_model_
+from hf_vdneuron.pruning import prune_model_
 
 
 CONFIGS = {
@@ -428,3 +429,15 @@ def test_gradients_reach_what_patching_added() -> None:
         for name, grad in found.items()
         if name.endswith(("log_var", "group_scale"))
     )
+
+
+@pytest.mark.parametrize("prior", ["group", "mixture"])
+def test_a_chain_with_an_empty_layer_has_a_finite_divergence(prior: str) -> None:
+    chain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    prune_model_(chain, RelevanceMask({"0": torch.zeros(2, 4, dtype=torch.bool)}))
+    patch_model_(chain, VDConfig(prior=prior))
+    set_variational_(chain, noise=False, collect_kl=True)
+    chain.train()(torch.ones(2, 3))
+    assert kl_divergence(chain).isfinite()
+    em_step_(chain)
+    assert all(layer.prior.prior_scales.isfinite().all() for layer in variational_layers(chain).values())
