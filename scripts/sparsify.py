@@ -54,9 +54,10 @@ def load_model(name: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTo
         Both.
     """
     labels = dict(enumerate(task.label_names)) or {0: "score"}
-    config = AutoConfig.from_pretrained(
-        name, num_labels=len(labels), id2label=labels, label2id={label: index for index, label in labels.items()}
-    )
+    config = AutoConfig.from_pretrained(name)
+    # A model that was fine-tuned with the same labels in another order keeps its own.
+    if set((config.id2label or {}).values()) != set(labels.values()):
+        config.id2label, config.label2id = labels, {label: index for index, label in labels.items()}
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
     return AutoModelForSequenceClassification.from_pretrained(name, config=config), load_tokenizer(name)
 
