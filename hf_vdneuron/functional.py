@@ -194,7 +194,7 @@ def kl_bound(mean: Tensor, log_var: Tensor, theta: Theta, axis: int) -> tuple[Te
     no autograd graph over the weights is kept; :math:`\theta` itself gets none, EM moves it.
 
     Args:
-        mean: Posterior means, at least one axis.
+        mean: Posterior means, at least two axes.
         log_var: Posterior log-variances, same shape.
         theta: Parameters of the prior, `(K, num_features)` for the features along `axis`, `K` 1 or 2.
         axis: Axis of the weight along which groups lie.

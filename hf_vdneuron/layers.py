@@ -169,6 +169,9 @@ class VariationalLayer(nn.Module):
         direction = state_dict.pop(f"{prefix}direction", None)
         if direction is not None:
             state_dict[f"{prefix}weight"] = direction
+        elif self.group_scale is not None:
+            # A dense checkpoint: its weight is the mean.
+            state_dict.setdefault(f"{prefix}group_scale", torch.ones_like(self.group_scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

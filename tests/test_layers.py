@@ -26,7 +26,7 @@ from hf_vdneuron.layers import (
     make_dense_,
     make_variational_,
 )
-from hf_vdneuron.priors import GaussianMixturePrior
+from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior
 from hf_vdneuron.sublayers import Axis
 
 
@@ -485,3 +485,13 @@ def test_initial_statistics_are_sums_over_groups(build: Build, shape: Shape) -> 
         members = moments[group::NUM_GROUPS]
         assert found.resp[0, group].item() == members.numel()
         assert found.moment[0, group].item() == pytest.approx(members.sum().item(), rel=1e-12)
+
+
+def test_dense_checkpoint_resets_the_group_scale() -> None:
+    layer = nn.Linear(3, 2)
+    prior = GroupGaussianPrior(torch.arange(2), num_groups=2, key="key")
+    make_variational_(layer, prior, group_axis=0, log_var=-10.0, group_scale=True, masked=())
+    layer.group_scale.data.fill_(3.0)
+    weight = torch.randn(2, 3)
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(2)}, strict=False)
+    assert torch.equal(layer.mean, weight)
