@@ -30,12 +30,13 @@ def has_teacher(checkpoint: str | Path) -> bool:
 
 
 def save_teacher(teacher: nn.Module, checkpoint: str | Path) -> None:
-    """Put a teacher into a checkpoint, as it may be the model of a step that is gone.
+    """Put a teacher into a checkpoint, as it is the model of a step that is gone.
 
     Args:
         teacher: The teacher.
-        checkpoint: Folder of a checkpoint.
+        checkpoint: Folder of a checkpoint; made if it is not there yet.
     """
+    Path(checkpoint).mkdir(parents=True, exist_ok=True)
     save_model(teacher, str(Path(checkpoint) / TEACHER_FILE))
 
 

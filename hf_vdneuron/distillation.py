@@ -1,44 +1,233 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn from a dense teacher: its logits become the targets."""
 
-from torch import Tensor
+from collections.abc import Mapping
+from copy import deepcopy
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_vdneuron.checkpoints import has_teacher, load_teacher_, save_teacher
+from hf_vdneuron.patching import unpatch_model_
 
-__all__ = ["IGNORED_LABEL", "distillation_loss"]
+
+__all__ = ["IGNORED_LABEL", "ProblemType", "Teacher", "distillation_loss", "predictions"]
 
 #: Label of positions that a token-level loss skips, in transformers and in torch's cross-entropy.
 IGNORED_LABEL = -100
 
+#: Ends every refusal to distil.
+_WAY_OUT = "or set `distillation_weight=0` to train without a teacher."
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor | None) -> Tensor:
+
+class ProblemType(StrEnum):
+    """What logits parametrise, by the names of transformers' `config.problem_type`."""
+
+    REGRESSION = "regression"
+    """The predicted numbers themselves."""
+    SINGLE_LABEL = "single_label_classification"
+    """One categorical distribution over the last axis."""
+    MULTI_LABEL = "multi_label_classification"
+    """A Bernoulli distribution each."""
+
+
+def problem_type(logits: Tensor, labels: Tensor | None, configured: str | None) -> ProblemType:
+    """Tell what logits parametrise, in the way transformers chooses a loss.
+
+    Args:
+        logits: Logits, shape `(..., num_labels)`.
+        labels: Labels, if there are any.
+        configured: What the model's config says, if it does.
+
+    Returns:
+        The type.
+    """
+    if configured is not None:
+        return ProblemType(configured)
+    if logits.shape[-1] == 1:
+        return ProblemType.REGRESSION
+    is_multi = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return ProblemType.MULTI_LABEL if is_multi else ProblemType.SINGLE_LABEL
+
+
+def distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    labels: Tensor | None,
+    configured: str | None = None,
+) -> Tensor:
     r"""Compare a student's predictions with its teacher's.
 
     .. math:: T^2\, KL(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(z / T))
 
-    The factor :math:`T^2` keeps gradients of one size over temperatures. A single output is a regression, compared by
-    squared error.
+    The factor :math:`T^2` keeps gradients of one size over temperatures. A multi-label head has a Bernoulli
+    distribution per label, with the sigmoid for the softmax, and a regression is compared by squared error; both are
+    means over labels, like the loss of transformers that they stand beside.
 
     Args:
         logits: Student's logits :math:`z`, shape `(..., num_labels)`.
         teacher_logits: Teacher's logits :math:`t`, same shape.
         temperature: :math:`T > 0`.
         labels: Labels; where they have one entry per prediction, those with the ignored label are left out.
+        configured: `problem_type` of the model's config, if it says any.
 
     Returns:
         Scalar in nats (squared units for a regression), mean over predictions.
+
+    Raises:
+        ValueError: If the two predict different things.
 
     References:
         Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015,
         https://arxiv.org/abs/1503.02531
     """
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"The teacher's logits have shape {tuple(teacher_logits.shape)}: expected {tuple(logits.shape)}, as the "
+            f"model's. Pass a `teacher` of the same head and labels, {_WAY_OUT}"
+        )
     logits, teacher_logits = logits.float(), teacher_logits.float()
-    if logits.shape[-1] == 1:
+    kind = problem_type(logits, labels, configured)
+    if kind is ProblemType.REGRESSION:
         return F.mse_loss(logits, teacher_logits)
+    student, teacher = logits / temperature, teacher_logits / temperature
+    if kind is ProblemType.MULTI_LABEL:
+        return temperature**2 * _bernoulli_kl(teacher, student).mean()
     if labels is not None and labels.shape == logits.shape[:-1]:
         counted = labels != IGNORED_LABEL
-        logits, teacher_logits = logits[counted], teacher_logits[counted]
-    num_labels = logits.shape[-1]
-    student = F.log_softmax(logits.reshape(-1, num_labels) / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.reshape(-1, num_labels) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        student, teacher = student[counted], teacher[counted]
+    return temperature**2 * _categorical_kl(teacher, student)
+
+
+def _categorical_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean divergence of the student's softmax over all axes but the last."""
+    num_labels = student.shape[-1]
+    log_student = F.log_softmax(student.reshape(-1, num_labels), dim=-1)
+    log_teacher = F.log_softmax(teacher.reshape(-1, num_labels), dim=-1)
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+
+
+def _bernoulli_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Divergence of the student's sigmoid, elementwise."""
+    on, off = (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student) for sign in (1, -1))
+    return teacher.sigmoid() * on + (-teacher).sigmoid() * off
+
+
+def predictions(outputs: object, whose: str) -> Tensor:
+    """Take the logits out of what a model returns.
+
+    Args:
+        outputs: Outputs of a transformers model.
+        whose: Word for the model in an error, such as "model" or "teacher".
+
+    Returns:
+        Its logits.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if isinstance(logits, Tensor):
+        return logits
+    got = ", ".join(f"`{name}`" for name in outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+    raise ValueError(
+        f"The {whose} returns {got}: expected an output with `logits` to distil. Set `return_dict=True` in its config "
+        f"if it returns a tuple, {_WAY_OUT}"
+    )
+
+
+def _dense_copy(student: nn.Module) -> nn.Module:
+    return unpatch_model_(deepcopy(student)).requires_grad_(False).eval()
+
+
+class Teacher:
+    """The dense model to learn from: the user's in every run, or else the student as each run has fine-tuned it.
+
+    Args:
+        given: The user's model, or None.
+    """
+
+    def __init__(self, given: nn.Module | None) -> None:
+        self.given = given
+        self._own: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model to learn from, if there is one yet."""
+        return self._own if self.given is None else self.given
+
+    def forget_own_(self) -> None:
+        """Drop the copy that an earlier run made."""
+        self._own = None
+
+    def copy_(self, student: nn.Module) -> None:
+        """Take the student as it is, dense and fixed, unless the user gave a teacher.
+
+        Args:
+            student: A patched model, which is left alone.
+        """
+        if self.given is None:
+            self._own = _dense_copy(student)
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Put the run's own copy into a checkpoint; the user has theirs.
+
+        Args:
+            checkpoint: Folder of a checkpoint, which need not exist yet.
+        """
+        if self._own is not None:
+            save_teacher(self._own, checkpoint)
+
+    def load_(self, checkpoint: str | Path, student: nn.Module) -> None:
+        """Take the run's own copy back from a checkpoint, if there is one in it.
+
+        Args:
+            checkpoint: Folder of a checkpoint.
+            student: The model, in its shape at that time.
+        """
+        self.forget_own_()
+        if self.given is None and has_teacher(checkpoint):
+            self._own = _dense_copy(student)
+            load_teacher_(self._own, checkpoint)
+
+    def loss(
+        self,
+        logits: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        labels: Tensor | None,
+        temperature: float,
+        configured: str | None,
+    ) -> Tensor:
+        """Compare the student's predictions for a batch with the teacher's.
+
+        Args:
+            logits: Student's logits.
+            inputs: The batch, with or without labels.
+            labels: Its labels.
+            temperature: Temperature of both predictions, above 0.
+            configured: `problem_type` of the student's config, if it says any.
+
+        Returns:
+            Scalar, mean over predictions.
+
+        Raises:
+            RuntimeError: If there is no teacher yet.
+        """
+        if self.model is None:
+            raise RuntimeError("There is no teacher yet: call `copy_` first.")
+        with torch.no_grad():
+            teacher_outputs = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return distillation_loss(
+            logits,
+            predictions(teacher_outputs, "teacher"),
+            temperature=temperature,
+            labels=labels,
+            configured=configured,
+        )

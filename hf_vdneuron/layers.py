@@ -5,7 +5,8 @@ A variational layer *is* the dense layer it came from: same object, same paramet
 swaps its class for a subclass and adds the log-variances; `make_dense_` swaps it back and leaves the posterior mean.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.functional import PriorStatistics, kl_bound, local_reparameterization, second_moment
+from hf_vdneuron.precision import at_least_float32
 from hf_vdneuron.priors import GroupPrior
 from hf_vdneuron.sublayers import Axis
 
@@ -154,6 +156,18 @@ class VariationalLayer(nn.Module):
             return mask
         scale = self._shape_parameter(self.group_scale)[self.prior.feature_group]
         return scale if mask is None else scale * mask
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a cast or move of the model, without losing precision of the posterior's own parameters."""
+        own = [parameter for parameter in (self.log_var, self.group_scale) if parameter is not None]
+        wide = [*own, *(parameter.grad for parameter in own)]
+        fn_wide = at_least_float32(fn)
+
+        def convert(tensor: Tensor) -> Tensor:
+            return fn_wide(tensor) if any(tensor is one for one in wide) else fn(tensor)
+
+        super()._apply(convert, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the latest forward's graph behind, so that a layer can be copied in the middle of training."""

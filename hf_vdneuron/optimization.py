@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_vdneuron.schedules import Decay, Phase, PhasePlan, rate_factor
+from hf_vdneuron.schedules import Decay, Phase, PhasePlan, rate_factor, variational_rate_factor
 
 
 __all__ = ["phase_scheduler", "reset_variational_", "split_variational_"]
@@ -24,21 +24,26 @@ def split_variational_(
     *,
     num_steps: int,
 ) -> None:
-    """Move variational parameters into groups of their own, in place: own rates, no weight decay.
+    """Give variational parameters groups of their own, in place: own rates, no weight decay.
 
-    Adam moves a parameter by at most about its rate per step, so a rate is the distance it can travel over the
-    sparsification divided by the number of its steps. Then one default holds for short and long runs.
+    Those that the optimizer holds are moved and those it lacks, having been made before the model was patched, are
+    added. Groups of an earlier split are replaced, as another run may have other rates.
+
+    Adam moves a parameter by at most about its rate per step, so the full rate is a distance over the number of
+    steps: the way a parameter goes if Adam pushes in one direction at this rate all the time. Then one default holds
+    for short and long runs.
 
     Args:
-        optimizer: An optimizer that has made no step.
+        optimizer: The optimizer.
         named_parameters: All parameters of the model.
-        distances: Last part of a parameter's name -> distance it can travel.
+        distances: Last part of a parameter's name -> distance.
         num_steps: Steps of the sparsification.
     """
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in distances}
     for name, parameter in named_parameters:
         kinds.get(name.rpartition(".")[2], []).append(parameter)
     moved = {id(parameter) for parameters in kinds.values() for parameter in parameters}
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if not group.get(_MARK)]
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
     for kind, parameters in kinds.items():
@@ -63,7 +68,7 @@ def reset_variational_(optimizer: Optimizer) -> None:
 def phase_scheduler(
     optimizer: Optimizer, plan: PhasePlan, *, decay: Decay, warmup_steps: Callable[[int], int]
 ) -> LambdaLR:
-    """Shape every rate over each phase; variational rates are 0 outside sparsification, and hold within it.
+    """Shape every rate over each phase; variational rates are 0 outside sparsification, and hold and fall within it.
 
     Args:
         optimizer: The optimizer.
@@ -76,12 +81,12 @@ def phase_scheduler(
     """
 
     def factor(variational: bool, step: int) -> float:
-        if variational and plan.phase_at(step) is not Phase.SPARSIFY:
-            return 0.0
         done, length = plan.position(step)
-        return rate_factor(
-            done, length, warmup_steps=warmup_steps(length), decay=Decay.CONSTANT if variational else decay
-        )
+        if not variational:
+            return rate_factor(done, length, warmup_steps=warmup_steps(length), decay=decay)
+        if plan.phase_at(step) is not Phase.SPARSIFY:
+            return 0.0
+        return variational_rate_factor(done, length, warmup_steps=warmup_steps(length))
 
     factors: list[Callable[[int], float]] = [
         partial(factor, group.get(_MARK, False)) for group in optimizer.param_groups

@@ -6,12 +6,14 @@ Which method this is: not the log-uniform prior of variational dropout, but a *l
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from hf_vdneuron.functional import PriorStatistics, Theta
+from hf_vdneuron.precision import at_least_float32
 
 
 __all__ = ["GaussianMixturePrior", "GroupGaussianPrior", "GroupPrior"]
@@ -138,6 +140,11 @@ class GroupPrior(nn.Module, ABC):
 
     def _set_variances_(self, variances: Tensor) -> None:
         self.prior_scales.copy_(variances.clamp_min(variance_floor(variances.dtype)).sqrt())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a cast or move of the model, without losing precision."""
+        super()._apply(at_least_float32(fn), recurse)
+        return self
 
     def extra_repr(self) -> str:
         """Describe the prior in a printed model.

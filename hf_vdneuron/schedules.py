@@ -6,7 +6,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-__all__ = ["Decay", "Phase", "PhasePlan", "kl_weight_at", "rate_factor"]
+__all__ = [
+    "Decay",
+    "Phase",
+    "PhasePlan",
+    "default_kl_weight",
+    "kl_weight_at",
+    "rate_factor",
+    "variational_rate_factor",
+]
+
+#: Share of the sparsification over which variational rates hold, before they fall to zero at its end.
+HOLD_SHARE = 0.5
+
+#: Number of examples that pretrained weights stand for. At weight 1 the KL of 840 nats per example drove a pretrained
+#: model to chance (method: fact 2); 3 million held at 100, 400 and 1,000 steps (method: fact 3).
+PRETRAINING_EVIDENCE = 3_000_000
 
 
 class Phase(StrEnum):
@@ -128,13 +143,60 @@ def rate_factor(step: int, num_steps: int, *, warmup_steps: int, decay: Decay) -
     return 1 - done if decay is Decay.LINEAR else (1 + math.cos(math.pi * done)) / 2
 
 
+def variational_rate_factor(step: int, num_steps: int, *, warmup_steps: int) -> float:
+    r"""Shape the rate of log-variances and group scales over the sparsification.
+
+    .. math:: \min(1,\; (t + 1) / w) \cdot \min(1,\; (1 - t / T) / (1 - h))
+
+    The rate rises over :math:`w` steps of warm-up, holds until the share :math:`h = 1/2` of the phase, and falls to
+    zero. Adam bounces a group scale around its optimum by about the rate, so one whose optimum is zero would end
+    some way off, and its group would stay. The fall lets it settle.
+
+    Args:
+        step: Steps :math:`t` done in the phase before this one, at least 0.
+        num_steps: Steps :math:`T` of the phase.
+        warmup_steps: Steps of the rise.
+
+    Returns:
+        Factor in `[0, 1]` of the full rate; 0 beyond the phase.
+
+    Example:
+        >>> [variational_rate_factor(step, 8, warmup_steps=2) for step in range(9)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step >= num_steps:
+        return 0.0
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return rise * min(1.0, (1 - step / num_steps) / (1 - HOLD_SHARE))
+
+
+def default_kl_weight(num_data: int) -> float:
+    r"""Choose a KL weight for a pretrained model, whose weights stand for more evidence than one task's examples.
+
+    .. math:: \beta = N / N_\mathrm{effective}
+
+    With it the pressure per example, :math:`\beta / N`, does not depend on the size of the data set.
+
+    Args:
+        num_data: Number of terms :math:`N` that the loss is the mean of.
+
+    Returns:
+        Final weight :math:`\beta` of the KL term.
+
+    Example:
+        >>> default_kl_weight(30_000)
+        0.01
+    """
+    return num_data / PRETRAINING_EVIDENCE
+
+
 def kl_weight_at(step: int, num_steps: int, *, kl_weight: float, ramp: float, start: float) -> float:
     r"""Raise the KL weight exponentially to its final value, then hold it.
 
     .. math:: \beta_t = \beta\, a^{\,1 - \min(1,\; t / (\rho T))}
 
-    It starts low, as a pretrained model meets a prior that its own data never chose, and a posterior that collapses
-    early does not come back (method: facts 2 and 6).
+    It can start low, as a pretrained model meets a prior that its own data never chose, and a posterior that
+    collapses early does not come back (method: facts 2 and 6).
 
     Args:
         step: Steps :math:`t` done in the sparsification phase before this one.

@@ -1,38 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VDTrainer`: transformers' Trainer, maximising the evidence lower bound. It adds KL, EM, phases and a teacher."""
 
-from collections import defaultdict
 from collections.abc import Sized
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron.budget import speedup, units_left
-from hf_vdneuron.checkpoints import has_teacher, load_teacher_, native_names, save_teacher
+from hf_vdneuron.checkpoints import native_names
+from hf_vdneuron.checks import require_examples, require_kl_gradient, require_no_scheduler
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.distillation import distillation_loss
-from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
-from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
-from hf_vdneuron.optimization import phase_scheduler, reset_variational_, split_variational_
-from hf_vdneuron.patching import patch_model_, unpatch_model_
+from hf_vdneuron.distillation import Teacher, predictions
+from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.masks import RelevanceMask, read_mask
+from hf_vdneuron.monitoring import RunningMeans, structure_logs
+from hf_vdneuron.optimization import phase_scheduler, split_variational_
+from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.phases import PhaseCallback
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
-from hf_vdneuron.schedules import Phase, PhasePlan, kl_weight_at
-from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.relevance import relevance_mask
+from hf_vdneuron.schedules import Phase, PhasePlan, default_kl_weight, kl_weight_at
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = ["VDTrainer"]
-
-#: Default number of examples that a pretrained weight stands for: the KL weight is `num_data` over it. At weight 1 the
-#: KL of 840 nats per example drove a pretrained model to chance (method: fact 2).
-PRETRAINING_EVIDENCE = 1_000_000
 
 #: A trial of whichever library searches for hyperparameters.
 Trial = object
@@ -54,10 +49,11 @@ class VDTrainer(Trainer):
         vd_config: How to patch, for a model that is not patched yet.
         teacher: Dense model whose logits are the targets; by default the model itself as fine-tuned.
         max_length: Tokens of a sequence for which the expected speed-up is logged.
-        **kwargs: Whatever `Trainer` takes.
+        **kwargs: Whatever `Trainer` takes. `optimizers` can bring an optimizer, but no scheduler.
 
     Raises:
-        ValueError: If the arguments are of the wrong class, or a patched model comes with a config.
+        ValueError: If the arguments are of the wrong class, a patched model comes with a config, the optimizer with a
+            scheduler, or the data without a length.
     """
 
     args: VDTrainingArguments
@@ -77,17 +73,21 @@ class VDTrainer(Trainer):
             raise ValueError(f"`args` is a `{type(args).__name__}`: expected `VDTrainingArguments`.")
         if vd_config is not None and model is not None and variational_layers(model):
             raise ValueError("`model` is patched already, in its own way: leave `vd_config` out.")
+        require_no_scheduler(kwargs.get("optimizers"))
         self.vd_config = vd_config or VDConfig()
-        self.teacher = teacher
         self.max_length = max_length
-        self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._teacher = Teacher(teacher)
+        self._means = RunningMeans()
         self._honours_num_items: bool | None = None
+        self._phases = PhaseCallback(self._teacher, self._means, self._score)
         if model is not None:
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False).eval()
-        self.add_callback(_PhaseCallback(self))
+        self.add_callback(self._phases)
+        if self.train_dataset is not None and args.sparsify_fraction > 0:
+            self.num_data  # noqa: B018  # refuses data of unknown length
 
     def call_model_init(self, trial: Trial | None = None) -> PreTrainedModel:
         """Make a fresh model and patch it.
@@ -102,6 +102,11 @@ class VDTrainer(Trainer):
 
     def _patch_(self, model: nn.Module) -> nn.Module:
         return model if variational_layers(model) else patch_model_(model, self.vd_config)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """Model whose logits are the targets; without a given one, None until sparsification starts."""
+        return self._teacher.model
 
     @property
     def plan(self) -> PhasePlan:
@@ -134,7 +139,7 @@ class VDTrainer(Trainer):
         final = self.args.kl_weight
         return kl_weight_at(
             *self.plan.position(self.state.global_step),
-            kl_weight=self.num_data / PRETRAINING_EVIDENCE if final is None else final,
+            kl_weight=default_kl_weight(self.num_data) if final is None else final,
             ramp=self.args.kl_ramp,
             start=self.args.kl_start,
         )
@@ -163,41 +168,50 @@ class VDTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._detect_loss_scaling_(model, inputs)
         labels = inputs.get("labels")
-        self._require_num_data(inputs, labels)
+        if self.args.num_data is None:
+            require_examples(inputs, labels)
         nll, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._metrics["nll"].append(nll.detach())
         # The Trainer divides a micro-batch's mean by their number, and leaves alone what is scaled already.
-        is_scaled, parts = self._loss_is_scaled(num_items_in_batch), self.current_gradient_accumulation_steps
-        loss = self._distil(nll, outputs, inputs, labels, parts if is_scaled else 1)
+        parts = self.current_gradient_accumulation_steps
+        divided_by = parts if self._loss_is_scaled(num_items_in_batch) else 1
+        self._means.add("nll", nll * divided_by)
+        loss = self._distil(nll, outputs, inputs, labels, divided_by)
         if any(layer.collect_kl for layer in variational_layers(self.model).values()):
+            require_kl_gradient(self.model)
             kl = kl_divergence(self.model) / self.num_data
-            self._metrics["kl"].append(kl.detach())
+            self._means.add("kl", kl)
             # The step's KL comes with its first micro-batch, undivided, so that it is exact for any accumulation.
-            loss = loss + self.kl_weight * kl * (1 if is_scaled else parts)
+            loss = loss + self.kl_weight * kl * (parts // divided_by)
         return (loss, outputs) if return_outputs else loss
 
     def _distil(
-        self, nll: Tensor, outputs: ModelOutput, inputs: dict[str, Any], labels: Tensor | None, parts: int
+        self, nll: Tensor, outputs: ModelOutput, inputs: dict[str, Any], labels: Tensor | None, divided_by: int
     ) -> Tensor:
-        """Mix in the teacher's loss over `parts`, which takes the place of the nll."""
-        weight = self.args.distillation_weight
-        if self.phase is Phase.FINETUNE or self.teacher is None or weight == 0:
+        """Mix in the teacher's loss, divided like the nll, whose place it takes."""
+        weight, learns = self.args.distillation_weight, self.phase is not Phase.FINETUNE
+        # The first step tries it in any phase: nobody should pay for fine-tuning to hear that the rest is impossible.
+        if weight == 0 or not self._has_lessons or not (learns or self.state.global_step == 0):
             return nll
-        with torch.no_grad():
-            teacher_outputs = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"})
-        temperature = self.args.distillation_temperature
-        loss = distillation_loss(outputs["logits"], teacher_outputs["logits"], temperature=temperature, labels=labels)
-        self._metrics["distillation"].append(loss.detach())
-        return (1 - weight) * nll + weight * loss / parts
+        logits = predictions(outputs, "model")
+        if self.teacher is None:
+            return nll
+        loss = self._teacher.loss(
+            logits,
+            inputs,
+            labels=labels,
+            temperature=self.args.distillation_temperature,
+            configured=getattr(getattr(self.model, "config", None), "problem_type", None),
+        )
+        if not learns:
+            return nll
+        self._means.add("distillation", loss)
+        return (1 - weight) * nll + weight * loss / divided_by
 
-    def _require_num_data(self, inputs: dict[str, Any], labels: Tensor | None) -> None:
-        """Refuse to take examples for tokens: a language model's loss is a mean over target tokens."""
-        tokens = inputs.get("input_ids")
-        if self.args.num_data is None and labels is not None and tokens is not None and labels.shape == tokens.shape:
-            raise ValueError(
-                f"The labels are tokens, of shape {tuple(labels.shape)}: set `num_data` to the number of target "
-                "tokens in the training set."
-            )
+    @property
+    def _has_lessons(self) -> bool:
+        """Whether some step of the run has a teacher."""
+        plan = self.plan
+        return plan.sparsify_steps > 0 or (self.teacher is not None and plan.recover_steps > 0)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether the Trainer takes the loss as already divided over the micro-batches of the step."""
@@ -216,15 +230,16 @@ class VDTrainer(Trainer):
             return
         model.eval()
         with torch.no_grad():
-            losses = [model(**inputs, num_items_in_batch=torch.tensor(count)).loss for count in (1, 2)]
+            outputs = [model(**inputs, num_items_in_batch=torch.tensor(count)) for count in (1, 2)]
         model.train()
+        losses = [out["loss"] if isinstance(out, dict) else out[0] for out in outputs]
         self._honours_num_items = not torch.equal(*losses)
         self.model_accepts_loss_kwargs = self._honours_num_items
 
     # ---- Optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Give log-variances and group scales groups of their own.
+        """Make an optimizer, or take the one given, with groups of their own for log-variances and group scales.
 
         Args:
             model: Model to optimise, if not the trainer's own.
@@ -232,8 +247,6 @@ class VDTrainer(Trainer):
         Returns:
             The optimizer.
         """
-        if self.optimizer is not None:
-            return self.optimizer
         optimizer = super().create_optimizer(model)
         split_variational_(
             optimizer,
@@ -244,7 +257,7 @@ class VDTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Shape every rate over each phase; variational rates move in sparsification only, and hold there.
+        """Shape every rate over each phase; variational rates are above 0 in sparsification only.
 
         Args:
             num_training_steps: Optimizer steps of the whole run.
@@ -263,24 +276,7 @@ class VDTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # ---- Phases ----
-
-    def _enter_step_(self) -> None:
-        """Do what the coming optimizer step needs; a boundary's own work is done at its very step."""
-        step, plan = self.state.global_step, self.plan
-        if step == plan.sparsify_start and plan.sparsify_steps:
-            self._start_sparsification_()
-        if step == plan.recover_start and plan.sparsify_steps:
-            mask_model_(self.model, relevance_mask(self.model, self.args.dropout_rate_threshold))
-            self._score("cut")
-        sparsifying = self.phase is Phase.SPARSIFY
-        set_variational_(self.model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
-
-    def _start_sparsification_(self) -> None:
-        self._score("dense")
-        if self.teacher is None and self.args.distillation_weight:
-            self.teacher = self._own_teacher()
-        reset_variational_(cast(torch.optim.Optimizer, self.optimizer))
+    # ---- Milestones and what is left ----
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""
@@ -302,28 +298,31 @@ class VDTrainer(Trainer):
         """
         return next((logs[name] for logs in reversed(self.state.log_history) if name in logs), None)
 
-    def _own_teacher(self) -> nn.Module:
-        """Copy the model as it is, dense and fixed."""
-        return unpatch_model_(deepcopy(self.model)).requires_grad_(False).eval()
-
     def mask(self) -> RelevanceMask:
-        """Tell what is kept: by the masks after sparsification, by the rule during it.
+        """Tell what is kept: by the rule until the cut of a run, by the masks after it.
 
         Returns:
             The mask that `prune()` would apply now.
         """
-        if self.plan.sparsify_steps and self.state.global_step <= self.plan.recover_start:
+        if self.plan.sparsify_steps and not self._phases.is_cut:
             return relevance_mask(self.model, self.args.dropout_rate_threshold)
         return read_mask(self.model)
 
     def prune(self) -> PreTrainedModel:
         """Remove irrelevant heads and neurons for good; the trainer then holds, saves and pushes the pruned model.
 
+        Another `train()` starts with a new optimizer, as the weights are new ones.
+
         Returns:
             The trainer's model, smaller.
         """
+        # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
+        if vars(self.model).pop("_original_forward", None) is not None:
+            del self.model.forward
         prune_model_(self.model, self.mask())
+        self._phases.is_cut = True
         self.model_wrapped = self.model
+        self.optimizer, self.lr_scheduler = None, None
         return self.model
 
     # ---- Logs ----
@@ -335,28 +334,19 @@ class VDTrainer(Trainer):
             logs: What the Trainer logs.
             start_time: Start of training.
         """
-        if "loss" in logs and variational_layers(self.model):
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._metrics.items()}
-            self._metrics.clear()
-            logs |= self._structure_logs()
+        if "loss" in logs:
+            logs |= self._means.take()
+            if variational_layers(self.model):
+                logs |= {"kl_weight": self.kl_weight} | structure_logs(
+                    self.model, self.mask(), threshold=self.args.dropout_rate_threshold, length=self.max_length
+                )
         super().log(logs, start_time)
-
-    def _structure_logs(self) -> dict[str, float]:
-        mask = self.mask()
-        left = units_left(self.model, mask)
-        return {
-            "kl_weight": self.kl_weight,
-            "irrelevant_weights": irrelevant_weight_share(self.model, self.args.dropout_rate_threshold),
-            "heads": sum(left[Unit.HEAD]),
-            "neurons": sum(left[Unit.NEURON]),
-            "expected_speedup": speedup(self.model, mask, length=self.max_length),
-        }
 
     # ---- Checkpoints: private methods of the Trainer, watched by tests/test_trainer.py ----
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial | None) -> bool:
-        """Let only recovery compete for the best model: earlier ones have not been masked yet."""
-        if self.plan.recover_steps and self.state.global_step <= self.plan.recover_start:
+        """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
+        if self.plan.sparsify_steps and self.state.global_step <= self.plan.recover_start:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -366,33 +356,12 @@ class VDTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
-        """Put the teacher beside the weights, as it is the model of a step that is gone."""
+        """Put the run's own teacher beside the weights, and first: a checkpoint cut short then cannot lack it."""
+        if self.args.should_save:
+            self._teacher.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
-        if self.teacher is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            save_teacher(self.teacher, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Take the teacher back."""
+        """Take the run's own teacher back."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if has_teacher(resume_from_checkpoint):
-            self.teacher = self._own_teacher() if self.teacher is None else self.teacher
-            load_teacher_(self.teacher, resume_from_checkpoint)
-
-
-class _PhaseCallback(TrainerCallback):
-    """Tells the trainer where in a step it is."""
-
-    def __init__(self, trainer: VDTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        self.trainer._enter_step_()
-
-    def on_substep_end(self, *_: Any, **kwargs: Any) -> None:
-        """Only the first micro-batch of a step computes the KL."""
-        for layer in variational_layers(self.trainer.model).values():
-            layer.collect_kl = False
-
-    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-        em_step_(self.trainer.model)
+        self._teacher.load_(resume_from_checkpoint, self.model)

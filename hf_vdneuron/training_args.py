@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a run: what transformers' own arguments say, and what sparsification adds."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -10,6 +12,23 @@ from hf_vdneuron.schedules import Decay, PhasePlan
 
 
 __all__ = ["VDTrainingArguments"]
+
+#: What a finite number has to be: names of the options, test, and the test in words.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        ("finetune_fraction", "sparsify_fraction", "recover_fraction"),
+        lambda value: value >= 0,
+        "a number of at least 0",
+    ),
+    (("kl_ramp", "distillation_weight"), lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    (("dropout_rate_threshold",), lambda value: 0 < value < 1, "a number between 0 and 1, without the two"),
+    (("kl_start",), lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    (
+        ("kl_weight", "log_var_distance", "group_scale_distance", "distillation_temperature", "num_data"),
+        lambda value: value > 0,
+        "a number above 0",
+    ),
+)
 
 
 @dataclass
@@ -35,26 +54,34 @@ class VDTrainingArguments(TrainingArguments):
     kl_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Final weight of the KL term. By default `num_data` / 1,000,000: a pretrained weight stands for "
+            "help": "Final weight of the KL term. By default `num_data` / 3,000,000: a pretrained weight stands for "
             "far more evidence than the examples of one task."
         },
     )
     kl_ramp: float = field(
-        default=0.6, metadata={"help": "Share of the sparsification over which the KL weight rises, in [0, 1]."}
+        default=0.6,
+        metadata={
+            "help": "Share of the sparsification over which the KL weight rises from `kl_start`, in [0, 1]. Without "
+            "effect where that is 1."
+        },
     )
     kl_start: float = field(
-        default=1e-3,
-        metadata={"help": "First KL weight relative to the final one, in (0, 1]; it rises exponentially."},
+        default=1.0,
+        metadata={
+            "help": "First KL weight relative to the final one, in (0, 1]; it rises exponentially. 1 is no rise."
+        },
     )
     log_var_distance: float = field(
-        default=5.0,
+        default=2.0,
         metadata={
-            "help": "How far Adam can move a log-variance over the sparsification, in nats. Its learning rate is this "
-            "distance over the number of steps, so the default holds for short and long runs."
+            "help": "How far a log-variance would move over the sparsification, in nats, if Adam went the same way at "
+            "its full rate all the time. The full rate is this distance over the number of steps, so the default "
+            "holds for short and long runs; the real way is shorter, as the rate warms up, holds for half the phase "
+            "and then falls to 0."
         },
     )
     group_scale_distance: float = field(
-        default=5.0, metadata={"help": "The same for the scale of each group's means, which starts at 1."}
+        default=3.0, metadata={"help": "The same for the scale of each group's means, which starts at 1."}
     )
     dropout_rate_threshold: float = field(
         default=DROPOUT_RATE_THRESHOLD,
@@ -83,30 +110,7 @@ class VDTrainingArguments(TrainingArguments):
             ValueError: If a value is out of its range, or gradient checkpointing is reentrant.
         """
         super().__post_init__()
-        fractions = (self.finetune_fraction, self.sparsify_fraction, self.recover_fraction)
-        if min(fractions) < 0 or sum(fractions) <= 0:
-            raise ValueError(
-                "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are "
-                f"{', '.join(map(str, fractions))}: expected shares of at least 0, not all 0."
-            )
-        for name, low, high in (
-            ("kl_ramp", 0.0, 1.0),
-            ("dropout_rate_threshold", 0.0, 1.0),
-            ("distillation_weight", 0.0, 1.0),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: expected a number from {low:g} to {high:g}.")
-        for name in (
-            "kl_weight",
-            "kl_start",
-            "log_var_distance",
-            "group_scale_distance",
-            "distillation_temperature",
-            "num_data",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` is {value}: expected a number above 0.")
+        self._check_ranges()
         options = self.gradient_checkpointing_kwargs
         if self.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
             raise ValueError(
@@ -114,6 +118,17 @@ class VDTrainingArguments(TrainingArguments):
                 "leave it out or set it to False."
             )
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
+
+    def _check_ranges(self) -> None:
+        for names, is_valid, expected in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and is_valid(value)):
+                    raise ValueError(f"`{name}` is {value}: expected {expected}.")
+        if self.finetune_fraction + self.sparsify_fraction + self.recover_fraction <= 0:
+            raise ValueError(
+                "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are all 0: expected one above 0."
+            )
 
     @property
     def decay(self) -> Decay:

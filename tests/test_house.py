@@ -21,6 +21,7 @@ DOWNHILL = [
     "modeling_vdneuron",
     "functional",
     "schedules",
+    "precision",
     "sublayers",
     "priors",
     "layers",
@@ -35,10 +36,13 @@ DOWNHILL = [
     "budget",
     "pruning",
     "persistence",
+    "monitoring",
     "training_args",
+    "checks",
     "optimization",
     "checkpoints",
     "distillation",
+    "phases",
     "trainer",
     "glue",
     "evaluation",
@@ -99,7 +103,7 @@ def test_imports_stand_at_the_top(module: str) -> None:
     assert not [name for function in functions(TREES[module]) for name in imported_names(function)]
 
 
-@pytest.mark.parametrize("module", sorted({"functional", "schedules"} & TREES.keys()))
+@pytest.mark.parametrize("module", sorted({"functional", "precision", "schedules"} & TREES.keys()))
 def test_the_mathematics_knows_only_torch(module: str) -> None:
     assert foreign_imports(module) - sys.stdlib_module_names <= {"torch"}
 

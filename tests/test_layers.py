@@ -320,6 +320,47 @@ def test_variance_leaves_autocast(
     torch.testing.assert_close(var.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+CASTS = {
+    "bfloat16": (nn.Module.bfloat16, torch.bfloat16, torch.float32),
+    "float16": (nn.Module.half, torch.float16, torch.float32),
+    "moved": (lambda layer: layer.to("cpu", torch.bfloat16), torch.bfloat16, torch.float32),
+    "float64": (nn.Module.double, torch.float64, torch.float64),
+}
+
+
+@class_cases
+@pytest.mark.parametrize(("cast", "dtype", "wide"), CASTS.values(), ids=CASTS)
+def test_a_later_cast_never_narrows_the_posterior(
+    build: Build, shape: Shape, cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype, wide: torch.dtype
+) -> None:
+    layer = trained(build(), masked=tuple(Axis))
+    (layer(torch.randn(3, *shape)).square().sum() + layer.kl).backward()
+    before = {name: value.clone() for name, value in (*layer.named_parameters(), *layer.named_buffers())}
+    gradient = layer.log_var.grad.clone()
+    cast(layer)
+    assert layer.weight.dtype is layer.weight.grad.dtype is layer.bias.dtype is dtype
+    for name in ("log_var", "group_scale", "prior.prior_scales", "prior.mixture_weights"):
+        value = layer.get_parameter(name) if name in dict(layer.named_parameters()) else layer.get_buffer(name)
+        assert value.dtype is wide, name
+        assert torch.equal(value, before[name].to(wide)), name
+    assert layer.log_var.grad.dtype is wide
+    assert torch.equal(layer.log_var.grad, gradient.to(wide))
+    assert layer.keep_out.dtype is torch.bool
+
+
+def test_a_cast_layer_trains_on() -> None:
+    layer = trained(nn.Linear(4, 6)).bfloat16()
+    (layer(torch.randn(3, 4, dtype=torch.bfloat16)).float().square().sum() + layer.kl).backward()
+    assert layer.kl.dtype is torch.float32
+    assert all(parameter.grad.dtype is parameter.dtype for parameter in layer.parameters())
+
+
+def test_a_layer_moves_to_another_device_as_a_whole() -> None:
+    layer = variational(nn.Linear(4, 6), masked=tuple(Axis)).to("meta")
+    devices = {value.device.type for value in (*layer.parameters(), *layer.buffers())}
+    assert devices == {"meta"}
+
+
 # Saving, loading, copying
 
 

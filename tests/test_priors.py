@@ -1,6 +1,7 @@
 """EM moves the prior as a loop and scikit-learn do, never downhill, and stays finite wherever it is sent."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_vdneuron.functional import PriorStatistics, kl_bound, second_moment
 from hf_vdneuron.priors import (
@@ -293,6 +294,27 @@ def test_component_without_weights_keeps_its_scale_and_a_way_back(resp: list[flo
     assert prior.prior_scales[empty] == before[empty]
     assert prior.prior_scales[1 - empty].item() == pytest.approx(0.5, rel=1e-12)
     assert prior.mixture_weights.flatten().tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("cast", "expected"),
+    [
+        pytest.param(nn.Module.bfloat16, torch.float32, id="bfloat16"),
+        pytest.param(nn.Module.half, torch.float32, id="float16"),
+        pytest.param(nn.Module.double, torch.float64, id="float64"),
+        pytest.param(lambda module: module.to("cpu", torch.bfloat16), torch.float32, id="moved"),
+    ],
+)
+@prior_cases
+def test_casts_never_narrow_the_prior(
+    prior_class: type[GroupPrior], cast: Callable[[nn.Module], nn.Module], expected: torch.dtype
+) -> None:
+    prior = prior_class(torch.tensor([0, 1, 1]), num_groups=2, key="test")
+    prior.prior_scales.fill_(1 + 2.0**-20)
+    cast(prior)
+    assert prior.prior_scales.dtype is prior.mixture_weights.dtype is expected
+    assert prior.feature_group.dtype is torch.int64
+    assert (prior.prior_scales == 1 + 2.0**-20).all()
 
 
 @prior_cases

@@ -11,6 +11,9 @@ from hf_vdneuron.schedules import Decay, PhasePlan
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 def test_defaults_divide_a_run(tmp_path: Path) -> None:
     assert VDTrainingArguments(output_dir=str(tmp_path)).phase_plan(1000) == PhasePlan(300, 500, 200)
 
@@ -18,13 +21,24 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsify_fraction": -0.1}, "expected shares of at least 0"),
-        ({"finetune_fraction": 0, "sparsify_fraction": 0, "recover_fraction": 0}, "not all 0"),
+        ({"sparsify_fraction": -0.1}, "`sparsify_fraction` is -0.1: expected a number of at least 0"),
+        ({"finetune_fraction": NAN}, "`finetune_fraction` is nan"),
+        ({"recover_fraction": INF}, "`recover_fraction` is inf"),
+        ({"finetune_fraction": 0, "sparsify_fraction": 0, "recover_fraction": 0}, "all 0: expected one above 0"),
         ({"kl_ramp": 1.5}, "`kl_ramp` is 1.5"),
+        ({"kl_ramp": NAN}, "`kl_ramp` is nan"),
         ({"kl_start": 0.0}, "`kl_start` is 0.0"),
+        ({"kl_start": 1.5}, "`kl_start` is 1.5"),
         ({"kl_weight": -1.0}, "`kl_weight` is -1.0"),
-        ({"dropout_rate_threshold": 2.0}, "`dropout_rate_threshold` is 2.0"),
+        ({"kl_weight": NAN}, "`kl_weight` is nan"),
+        ({"kl_weight": INF}, "`kl_weight` is inf"),
+        ({"log_var_distance": INF}, "`log_var_distance` is inf"),
+        ({"group_scale_distance": 0.0}, "`group_scale_distance` is 0.0"),
+        ({"dropout_rate_threshold": 0.0}, "`dropout_rate_threshold` is 0.0: expected a number between 0 and 1"),
+        ({"dropout_rate_threshold": 1.0}, "`dropout_rate_threshold` is 1.0: expected a number between 0 and 1"),
+        ({"dropout_rate_threshold": NAN}, "`dropout_rate_threshold` is nan"),
         ({"distillation_weight": -0.5}, "`distillation_weight` is -0.5"),
+        ({"distillation_weight": NAN}, "`distillation_weight` is nan"),
         ({"distillation_temperature": 0.0}, "`distillation_temperature` is 0.0"),
         ({"num_data": 0}, "`num_data` is 0"),
         ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
@@ -33,11 +47,19 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
             "use_reentrant=True",
         ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else "",
 )
 def test_values_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VDTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kl_ramp", 0), ("kl_ramp", 1), ("kl_start", 1), ("distillation_weight", 0), ("distillation_weight", 1)],
+)
+def test_closed_ranges_include_their_ends(tmp_path: Path, name: str, value: float) -> None:
+    assert getattr(VDTrainingArguments(output_dir=str(tmp_path), **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs: refuses, as early as it shows, one that would fail late or end elsewhere without a word."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.schedules import Phase
+from hf_vdneuron.training_args import VDTrainingArguments
+
+
+__all__ = [
+    "require_all_phases",
+    "require_examples",
+    "require_kl_gradient",
+    "require_no_scheduler",
+    "require_own_teacher",
+    "require_posterior",
+]
+
+
+def require_no_scheduler(optimizers: tuple[object, object] | None) -> None:
+    """Refuse a scheduler beside the optimizer that the user brings: it knows nothing of phases.
+
+    Args:
+        optimizers: The Trainer's argument of this name: optimizer and scheduler, each possibly None.
+
+    Raises:
+        ValueError: If there is a scheduler.
+    """
+    scheduler = None if optimizers is None else optimizers[1]
+    if scheduler is not None:
+        raise ValueError(
+            f"`optimizers` brings a `{type(scheduler).__name__}`: expected `(optimizer, None)`, as each phase has its "
+            "own warm-up and decay. Choose them with `warmup_steps` and `lr_scheduler_type`."
+        )
+
+
+def require_all_phases(args: VDTrainingArguments, num_steps: int) -> None:
+    """Refuse a run that is too short for what its fractions ask for.
+
+    Args:
+        args: Arguments of the run.
+        num_steps: Optimizer steps of the whole run.
+
+    Raises:
+        ValueError: If a phase with a positive fraction gets no step.
+    """
+    plan = args.phase_plan(num_steps)
+    for phase in Phase:
+        fraction, steps = getattr(args, f"{phase}_fraction"), getattr(plan, f"{phase}_steps")
+        if fraction > 0 and steps < 1:
+            raise ValueError(
+                f"`{phase}_fraction` is {fraction:g}, but the whole run has {num_steps} optimizer steps, none of "
+                f"them for this phase: expected at least 1. Raise `max_steps` or `num_train_epochs`, or set "
+                f"`{phase}_fraction=0` to skip the phase."
+            )
+
+
+def require_posterior(model: nn.Module) -> None:
+    """Refuse to sparsify a dense model.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If it has no variational layer.
+    """
+    if not variational_layers(model):
+        raise ValueError(
+            "The model has no variational layer left to sparsify, as after `prune()`: set `sparsify_fraction=0` to "
+            "train it as it is, or make a new `VDTrainer` with it to sparsify it further."
+        )
+
+
+def require_own_teacher(teacher: nn.Module | None, step: int, made_at: int) -> None:
+    """Refuse to go on without the teacher that the run began with.
+
+    Args:
+        teacher: What the checkpoint brought back, or the user's.
+        step: Step of the checkpoint.
+        made_at: Step at which the run takes its own teacher.
+
+    Raises:
+        ValueError: If the run is past that step without a teacher.
+    """
+    if teacher is None and step > made_at:
+        raise ValueError(
+            f"The checkpoint of step {step} holds no teacher: expected the model of step {made_at} in it. Resume from "
+            f"a checkpoint that has one or from one of step {made_at} at most, pass `teacher`, or set "
+            "`distillation_weight=0`."
+        )
+
+
+def require_examples(inputs: Mapping[str, Any], labels: Tensor | None) -> None:
+    """Refuse to take examples for tokens: a language model's loss is a mean over target tokens.
+
+    Args:
+        inputs: One micro-batch.
+        labels: Its labels.
+
+    Raises:
+        ValueError: If there is a class for each token.
+    """
+    tokens = inputs.get("input_ids")
+    if labels is None or tokens is None or labels.is_floating_point():
+        return  # one number per label, such as a multi-label head has, is no class
+    if labels.shape == tokens.shape:
+        raise ValueError(
+            f"The labels are tokens, of shape {tuple(labels.shape)}: set `num_data` to the number of target tokens in "
+            "the training set."
+        )
+
+
+def require_kl_gradient(model: nn.Module) -> None:
+    """Refuse a KL that the posterior would not feel.
+
+    Args:
+        model: A patched model after a training forward that collects its KL.
+
+    Raises:
+        RuntimeError: If a layer's KL carries no gradient although its log-variances want one.
+    """
+    for name, layer in variational_layers(model).items():
+        if layer.kl is not None and layer.log_var.requires_grad and not layer.kl.requires_grad:
+            raise RuntimeError(
+                f"The KL of layer `{name}` has no gradient: expected a forward that keeps its graph. If the model was "
+                "set to reentrant checkpointing, which drops it, set `use_reentrant=False` there, or leave it to "
+                "`activation_checkpointing=True` in the arguments."
+            )

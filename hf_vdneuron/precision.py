@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Posterior and prior stay in float32 at least, whatever the model around them is cast to."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+__all__ = ["at_least_float32"]
+
+
+def at_least_float32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Limit what a conversion of a module's tensors does to their precision; moves between devices go through.
+
+    Log-variances, group scales and the prior move in small relative steps, which half precision rounds away.
+
+    Args:
+        convert: Function from a tensor to the converted one, as `nn.Module._apply` takes it.
+
+    Returns:
+        The same function, but for floating-point results narrower than float32: these come as float32.
+
+    Example:
+        >>> at_least_float32(Tensor.bfloat16)(torch.ones(2)).dtype
+        torch.float32
+        >>> at_least_float32(Tensor.double)(torch.ones(2)).dtype
+        torch.float64
+    """
+
+    def convert_widely(tensor: Tensor) -> Tensor:
+        converted = convert(tensor)
+        dtype = torch.promote_types(converted.dtype, torch.float32)
+        if not converted.is_floating_point() or converted.dtype == dtype:
+            return converted
+        # From the tensor itself, as the converted one has lost its digits.
+        return tensor.to(converted.device, dtype)
+
+    return convert_widely

@@ -1,0 +1,117 @@
+"""Runs that would fail late, or end elsewhere without a word."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import arguments, tiny_bert
+from torch import Tensor, nn
+
+from hf_vdneuron.checks import (
+    require_all_phases,
+    require_examples,
+    require_kl_gradient,
+    require_no_scheduler,
+    require_own_teacher,
+    require_posterior,
+)
+from hf_vdneuron.elbo import set_variational_
+from hf_vdneuron.patching import patch_model_
+
+
+TOKENS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize("optimizers", [None, (None, None), (SimpleNamespace(), None)], ids=str)
+def test_an_optimizer_may_come_alone(optimizers: tuple[object, object] | None) -> None:
+    require_no_scheduler(optimizers)
+
+
+def test_a_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match="brings a `SimpleNamespace`: expected `\\(optimizer, None\\)`"):
+        require_no_scheduler((None, SimpleNamespace()))
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "fractions", "phase"),
+    [
+        (-6, (0.3, 0.5, 0.2), "finetune"),
+        (0, (0.3, 0.5, 0.2), "finetune"),
+        (1, (0.3, 0.5, 0.2), "finetune"),
+        (2, (0.3, 0.5, 0.2), "recover"),
+        (2, (1, 1, 1), "sparsify"),
+        (0, (0, 0, 1), "recover"),
+    ],
+    ids=str,
+)
+def test_a_run_too_short_for_its_phases_is_refused(
+    tmp_path: Path, num_steps: int, fractions: tuple[float, ...], phase: str
+) -> None:
+    names = ("finetune_fraction", "sparsify_fraction", "recover_fraction")
+    args = arguments(tmp_path, **dict(zip(names, fractions, strict=True)))
+    with pytest.raises(ValueError, match=f"`{phase}_fraction` is .* has {num_steps} optimizer steps.*Raise"):
+        require_all_phases(args, num_steps)
+
+
+@pytest.mark.parametrize(("num_steps", "fractions"), [(3, (1, 1, 1)), (1, (0, 1, 0)), (2, (0, 1, 1))], ids=str)
+def test_one_step_per_phase_is_enough(tmp_path: Path, num_steps: int, fractions: tuple[float, ...]) -> None:
+    names = ("finetune_fraction", "sparsify_fraction", "recover_fraction")
+    require_all_phases(arguments(tmp_path, **dict(zip(names, fractions, strict=True))), num_steps)
+
+
+def test_a_dense_model_cannot_be_sparsified() -> None:
+    require_posterior(patch_model_(tiny_bert()))
+    with pytest.raises(ValueError, match=r"no variational layer left.*`sparsify_fraction=0`"):
+        require_posterior(tiny_bert())
+
+
+@pytest.mark.parametrize(("teacher", "step"), [(None, 4), (None, 0), (nn.Identity(), 9)], ids=str)
+def test_a_teacher_may_come_later_or_from_a_checkpoint(teacher: nn.Module | None, step: int) -> None:
+    require_own_teacher(teacher, step, made_at=4)
+
+
+def test_a_teacher_that_is_gone_is_missed() -> None:
+    with pytest.raises(ValueError, match="checkpoint of step 5 holds no teacher: expected the model of step 4"):
+        require_own_teacher(None, 5, made_at=4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param(None, id="none"),
+        pytest.param(torch.ones(2, dtype=torch.long), id="one-class"),
+        pytest.param(torch.ones(2, 3), id="as-many-labels-as-tokens"),
+    ],
+)
+def test_examples_are_counted(labels: Tensor | None) -> None:
+    require_examples({"input_ids": TOKENS}, labels)
+
+
+def test_inputs_may_be_no_tokens() -> None:
+    require_examples({"pixel_values": torch.ones(2, 3)}, TOKENS)
+
+
+def test_tokens_must_be_counted_by_the_user() -> None:
+    with pytest.raises(ValueError, match="set `num_data`"):
+        require_examples({"input_ids": TOKENS}, TOKENS)
+
+
+@pytest.mark.parametrize("collect_kl", [True, False])
+def test_a_kl_with_its_gradient_passes(collect_kl: bool) -> None:
+    model = patch_model_(tiny_bert()).train()
+    set_variational_(model, noise=False, collect_kl=collect_kl)
+    model(TOKENS)
+    require_kl_gradient(model)
+
+
+def test_a_kl_without_a_gradient_is_found_in_any_layer() -> None:
+    model = patch_model_(tiny_bert()).train()
+    set_variational_(model, noise=False, collect_kl=True)
+    model(TOKENS)
+    layer = model.bert.encoder.layer[1].output.dense
+    layer.kl = layer.kl.detach()
+    with pytest.raises(RuntimeError, match=r"layer `bert\.encoder\.layer\.1\.output\.dense` has no gradient"):
+        require_kl_gradient(model)
+    layer.log_var.requires_grad_(False)
+    require_kl_gradient(model)
