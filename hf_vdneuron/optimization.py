@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_vdneuron.schedules import Decay, Phase, PhasePlan, rate_factor
+from hf_vdneuron.schedules import Decay, Phase, PhasePlan, rate_factor, variational_rate_factor
 
 
 __all__ = ["phase_scheduler", "reset_variational_", "split_variational_"]
@@ -63,7 +63,7 @@ def reset_variational_(optimizer: Optimizer) -> None:
 def phase_scheduler(
     optimizer: Optimizer, plan: PhasePlan, *, decay: Decay, warmup_steps: Callable[[int], int]
 ) -> LambdaLR:
-    """Shape every rate over each phase; variational rates are 0 outside sparsification, and hold within it.
+    """Shape every rate over each phase; variational rates are 0 outside sparsification.
 
     Args:
         optimizer: The optimizer.
@@ -79,9 +79,9 @@ def phase_scheduler(
         if variational and plan.phase_at(step) is not Phase.SPARSIFY:
             return 0.0
         done, length = plan.position(step)
-        return rate_factor(
-            done, length, warmup_steps=warmup_steps(length), decay=Decay.CONSTANT if variational else decay
-        )
+        if variational:
+            return variational_rate_factor(done, length, warmup_steps=warmup_steps(length))
+        return rate_factor(done, length, warmup_steps=warmup_steps(length), decay=decay)
 
     factors: list[Callable[[int], float]] = [
         partial(factor, group.get(_MARK, False)) for group in optimizer.param_groups

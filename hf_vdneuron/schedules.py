@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-__all__ = ["Decay", "Phase", "PhasePlan", "kl_weight_at", "rate_factor"]
+__all__ = ["Decay", "Phase", "PhasePlan", "kl_weight_at", "rate_factor", "variational_rate_factor"]
+
+#: Share of the sparsification over which the rates of variational parameters fall to zero.
+SETTLING_SHARE = 0.5
 
 
 class Phase(StrEnum):
@@ -126,6 +129,26 @@ def rate_factor(step: int, num_steps: int, *, warmup_steps: int, decay: Decay) -
         return 1.0
     done = (step - warmup_steps) / (num_steps - warmup_steps)
     return 1 - done if decay is Decay.LINEAR else (1 + math.cos(math.pi * done)) / 2
+
+
+def variational_rate_factor(step: int, num_steps: int, *, warmup_steps: int) -> float:
+    """Shape the rates of variational parameters over the sparsification: a linear rise, a hold, a linear fall to zero.
+
+    Adam bounces a dying group scale around zero by about its rate, and the dropout-rate rule takes the bounce for
+    life. With the rate it dies down, so that whatever dies settles within the phase, also in a short one.
+
+    Args:
+        step: Steps done in the phase before this one, at least 0.
+        num_steps: Steps of the phase.
+        warmup_steps: Steps of the rise.
+
+    Returns:
+        Factor in `[0, 1]` of the peak rate; 0 beyond the phase.
+    """
+    if step >= num_steps:
+        return 0.0
+    rise = min(1.0, (step + 1) / max(1, warmup_steps))
+    return rise * min(1.0, (1 - step / num_steps) / SETTLING_SHARE)
 
 
 def kl_weight_at(step: int, num_steps: int, *, kl_weight: float, ramp: float, start: float) -> float:

@@ -32,7 +32,7 @@ __all__ = ["VDTrainer"]
 
 #: Default number of examples that a pretrained weight stands for: the KL weight is `num_data` over it. At weight 1 the
 #: KL of 840 nats per example drove a pretrained model to chance (method: fact 2).
-PRETRAINING_EVIDENCE = 1_000_000
+PRETRAINING_EVIDENCE = 3_000_000
 
 #: A trial of whichever library searches for hyperparameters.
 Trial = object

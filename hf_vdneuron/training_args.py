@@ -35,7 +35,7 @@ class VDTrainingArguments(TrainingArguments):
     kl_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Final weight of the KL term. By default `num_data` / 1,000,000: a pretrained weight stands for "
+            "help": "Final weight of the KL term. By default `num_data` / 3,000,000: a pretrained weight stands for "
             "far more evidence than the examples of one task."
         },
     )
@@ -43,18 +43,18 @@ class VDTrainingArguments(TrainingArguments):
         default=0.6, metadata={"help": "Share of the sparsification over which the KL weight rises, in [0, 1]."}
     )
     kl_start: float = field(
-        default=1e-3,
+        default=1.0,
         metadata={"help": "First KL weight relative to the final one, in (0, 1]; it rises exponentially."},
     )
     log_var_distance: float = field(
-        default=5.0,
+        default=2.0,
         metadata={
             "help": "How far Adam can move a log-variance over the sparsification, in nats. Its learning rate is this "
             "distance over the number of steps, so the default holds for short and long runs."
         },
     )
     group_scale_distance: float = field(
-        default=5.0, metadata={"help": "The same for the scale of each group's means, which starts at 1."}
+        default=3.0, metadata={"help": "The same for the scale of each group's means, which starts at 1."}
     )
     dropout_rate_threshold: float = field(
         default=DROPOUT_RATE_THRESHOLD,
