@@ -322,6 +322,9 @@ class VDTrainer(Trainer):
         Returns:
             The trainer's model, smaller.
         """
+        # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
+        if vars(self.model).pop("_original_forward", None) is not None:
+            del self.model.forward
         prune_model_(self.model, self.mask())
         self.model_wrapped = self.model
         return self.model

@@ -140,14 +140,17 @@ def run(cell: Cell, method: str, results: Results) -> Row:
     started = time.monotonic()
     model, steps_left = shrink(cell, method, results)
     after_cut = cell.score(model)
-    scores = cell.score(cell.recover(model, steps_left)) if steps_left else after_cut
+    if steps_left:
+        cell.recover(model, steps_left)
     seconds = time.monotonic() - started
     folder = cell.save(model, method)
+    # What counts is what was saved.
+    model = cell.load(method)
     return {
         "task": cell.task.name,
         "seed": cell.seed,
         "method": method,
-        **scores,
+        **cell.score(model),
         "score_after_cut": after_cut["score"],
         "score_through": {door: score_in_new_process(folder, cell, flags) for door, flags in DOORS.items()},
         "parameters": model.num_parameters(),

@@ -101,13 +101,12 @@ class Cell:
         Returns:
             The model.
         """
-        folder = self.folder / DENSE
-        if not (folder / "config.json").exists():
+        if not (self.folder / DENSE / "config.json").exists():
             set_seed(self.seed)
             model, _ = load_model(self.settings.model, self.task)
             self._train(model, Phase.FINETUNE, self.settings.dense_steps)
             self.save(model, DENSE)
-        return from_pretrained(folder).to(self.device)  # type: ignore[arg-type]  # transformers wraps `to`
+        return self.load(DENSE)
 
     def sparsify(self, model: PreTrainedModel) -> PreTrainedModel:
         """Train the posterior, and remove what the dropout-rate rule finds irrelevant.
@@ -159,6 +158,17 @@ class Cell:
         self.tokenizer.save_pretrained(self.folder / name)
         model.save_pretrained(self.folder / name)
         return self.folder / name
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Load a saved model.
+
+        Args:
+            name: Name of its folder.
+
+        Returns:
+            The model, in fp32.
+        """
+        return from_pretrained(self.folder / name).to(self.device)  # type: ignore[arg-type]  # transformers wraps `to`
 
     def _train(
         self, model: PreTrainedModel, phase: Phase, steps: int, *, teacher: PreTrainedModel | None = None
