@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set the method beside others: one trainer, one budget, one dense start; only the choice of what goes differs.
+
+    python scripts/benchmark.py --model_name_or_path M --dataset_dir DIR
+
+Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
+on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. `vd` decides by the
+dropout-rate rule how many units each sub-layer keeps; the baselines keep as many of their own choice.
+
+Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
+`--plan` prints what is left to do, `--table` what is there.
+"""
+
+import fcntl
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from benchmarks.baselines import SCORERS, keep_best
+from benchmarks.cell import DENSE, Cell, Settings
+from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
+from benchmarks.results import Results, Row, latency_table, score_table
+from transformers import PreTrainedModel, set_seed
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.budget import body_cost
+from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.report import environment
+
+
+OURS = "vd"
+#: In the order in which they run: the baselines need the counts of ours.
+METHODS = (DENSE, OURS, *SCORERS)
+
+
+@dataclass
+class BenchmarkArguments:
+    """Flags of this script."""
+
+    model_name_or_path: str = field(metadata={"help": "Pretrained model to start from: a folder, or a Hub name."})
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder with `<task>/{train,validation}.parquet`; by default the Hub is used."}
+    )
+    work_dir: str = field(default="out/benchmark", metadata={"help": "Folder for the models."})
+    results_file: str = field(
+        default=str(Path(__file__).parent / "results" / "benchmark.jsonl"),
+        metadata={"help": "Finished runs, one per line."},
+    )
+    tasks: list[str] = field(default_factory=lambda: ["sst2", "mrpc"], metadata={"help": "GLUE tasks."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods."})
+    max_train_samples: int = field(default=10_000, metadata={"help": "Training rows at most, drawn by seed."})
+    max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
+    dense_steps: int = field(default=400, metadata={"help": "Optimizer steps of the dense checkpoint."})
+    sparsify_steps: int = field(default=400, metadata={"help": "Steps of our sparsification."})
+    recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery; others recover for both."})
+    dense_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the dense checkpoint."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of everything after it."})
+    bf16: bool = field(default=False, metadata={"help": "Train in mixed precision. Scores are in fp32 always."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+    plan: bool = field(default=False, metadata={"help": "Print what is left to do and what it may take, and stop."})
+    table: bool = field(default=False, metadata={"help": "Print the tables of what is there, and stop."})
+
+    def __post_init__(self) -> None:
+        """Check the methods.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(METHODS)}")
+
+    @property
+    def settings(self) -> Settings:
+        """What every run depends on."""
+        given = {known.name: getattr(self, known.name) for known in fields(Settings) if known.name != "model"}
+        return Settings(model=self.model_name_or_path, **given)
+
+    def missing(self, results: Results) -> Iterator[tuple[str, int, str]]:
+        """List what is not finished, cell by cell.
+
+        Args:
+            results: What is.
+
+        Yields:
+            Task, seed and method, baselines behind the runs that they need.
+        """
+        methods = [method for method in METHODS if method in self.methods]
+        for seed, task, method in product(self.seeds, self.tasks, methods):
+            if results.find(task, seed, method) is None:
+                yield task, seed, method
+
+
+def shrink(cell: Cell, method: str, results: Results) -> tuple[PreTrainedModel, int]:
+    """Let a method remove what it chooses from the dense checkpoint.
+
+    Args:
+        cell: Task and seed.
+        method: Name of the method.
+        results: Finished runs; for a baseline, ours must be among them.
+
+    Returns:
+        The model, smaller, and the optimizer steps that are left of the budget.
+
+    Raises:
+        ValueError: If ours is missing.
+    """
+    model = cell.dense()
+    if method == DENSE:
+        return model, 0
+    if method == OURS:
+        return cell.sparsify(model), cell.settings.recover_steps
+    ours = results.find(cell.task.name, cell.seed, OURS)
+    if ours is None:
+        raise ValueError(f"`{method}` keeps as many units as `{OURS}`: run `{OURS}` on {cell.task.name} first")
+    mask = keep_best(model, SCORERS[method], ours["units"], seed=cell.seed)
+    prune_model_(model, mask)
+    return model, cell.settings.budget
+
+
+def run(cell: Cell, method: str, results: Results) -> Row:
+    """Do one run.
+
+    Args:
+        cell: Task and seed.
+        method: Name of the method.
+        results: Finished runs.
+
+    Returns:
+        Its row.
+    """
+    set_seed(cell.seed)
+    started = time.monotonic()
+    model, steps_left = shrink(cell, method, results)
+    after_cut = cell.score(model)
+    if steps_left:
+        cell.recover(model, steps_left)
+    seconds = time.monotonic() - started
+    folder = cell.save(model, method)
+    # What counts is what was saved.
+    model = cell.load(method)
+    return {
+        "task": cell.task.name,
+        "seed": cell.seed,
+        "method": method,
+        **cell.score(model),
+        "score_after_cut": after_cut["score"],
+        "score_through": {door: score_in_new_process(folder, cell, flags) for door, flags in DOORS.items()},
+        "parameters": model.num_parameters(),
+        "body_weights": body_cost(model, length=1).weights,
+        "units": {sublayer.path: sublayer.num_units for sublayer in find_sublayers(model)},
+        "latency": latencies(model),
+        "seconds": round(seconds, 1),
+        "environment": {**environment(cell.device), "threads": str(torch.get_num_threads())},
+        "commit": commit(),
+    }
+
+
+@contextmanager
+def claim(path: Path) -> Generator[bool]:
+    """Claim a cell for this process; a process that dies gives its claim back.
+
+    Args:
+        path: Lock file.
+
+    Yields:
+        Whether the claim was granted.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def work(args: BenchmarkArguments, results: Results) -> None:
+    """Do what no other process is doing until nothing is left.
+
+    Args:
+        args: Flags.
+        results: Where finished runs go.
+    """
+    work_dir = Path(args.work_dir)
+    for task, seed in dict.fromkeys((task, seed) for task, seed, _ in args.missing(results)):
+        with claim(work_dir / f"{task}-{seed}.lock") as granted:
+            if not granted:
+                continue
+            cell = Cell(
+                args.settings, task, seed, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
+            )
+            left = [key[2] for key in args.missing(results) if key[:2] == (task, seed)]
+            for method in left:
+                results.add(run(cell, method, results))
+
+
+def print_plan(args: BenchmarkArguments, results: Results) -> None:
+    """Print the missing runs and what they may take, judging by finished runs of the same task and method.
+
+    Args:
+        args: Flags.
+        results: Finished runs.
+    """
+    rows = results.rows()
+    lines = []
+    for task, seed, method in args.missing(results):
+        known = [row["seconds"] for row in rows if (row["task"], row["method"]) == (task, method)]
+        lines.append([task, str(seed), method, f"{fmean(known):.0f} s" if known else "unknown"])
+    print_table(["task", "seed", "method", "may take"], lines)
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Run what is missing, then print the tables.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    (args,) = parse_args([BenchmarkArguments], argv, description=__doc__)
+    # A local folder is no part of what was run.
+    settings = {**asdict(args.settings), "model": Path(args.model_name_or_path).name}
+    results = Results(Path(args.results_file), settings)
+    if args.plan:
+        print_plan(args, results)
+        return
+    if not args.table:
+        work(args, results)
+    print(score_table(results.rows()), latency_table(results.rows()), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One task and one seed: what all methods share, from the data over the dense checkpoint to the trainer."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+
+from hf_vdneuron.evaluation import encode, evaluate_glue, load_model, load_tokenizer
+from hf_vdneuron.glue import glue_task, load_glue, take
+from hf_vdneuron.persistence import from_pretrained
+from hf_vdneuron.schedules import Phase
+from hf_vdneuron.trainer import VDTrainer
+from hf_vdneuron.training_args import VDTrainingArguments
+
+
+__all__ = ["DENSE", "EVAL_BATCH_SIZE", "Cell", "Settings"]
+
+#: Name of the dense checkpoint, and of the method that leaves it alone.
+DENSE = "dense"
+
+TRAIN_BATCH_SIZE, EVAL_BATCH_SIZE = 32, 64
+WARMUP_SHARE = 0.1
+LOGGING_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on beyond task, seed and method.
+
+    Args:
+        model: Model to start from, a folder or a name on the Hub.
+        max_train_samples: Training rows at most, drawn by seed.
+        max_length: Tokens to which texts are truncated.
+        dense_steps: Optimizer steps of the dense checkpoint.
+        sparsify_steps: Steps of our sparsification.
+        recover_steps: Steps of our recovery; every other method recovers for both together.
+        dense_learning_rate: Learning rate of the dense checkpoint.
+        learning_rate: Learning rate of everything after it.
+        bf16: Whether training is in mixed precision; scores are in fp32 always.
+    """
+
+    model: str
+    max_train_samples: int
+    max_length: int
+    dense_steps: int
+    sparsify_steps: int
+    recover_steps: int
+    dense_learning_rate: float
+    learning_rate: float
+    bf16: bool
+
+    @property
+    def budget(self) -> int:
+        """Optimizer steps after the dense checkpoint, the same for all methods."""
+        return self.sparsify_steps + self.recover_steps
+
+
+class Cell:
+    """What the methods share on one task with one seed.
+
+    Args:
+        settings: Settings of the run.
+        task_name: Name of the task.
+        seed: Seed of the training rows, their order and all noise.
+        dataset_dir: Folder with the task's files, or None for the Hub.
+        work_dir: Folder for the models of all cells.
+        use_cpu: Whether to stay on the CPU.
+    """
+
+    def __init__(
+        self, settings: Settings, task_name: str, seed: int, *, dataset_dir: str | None, work_dir: Path, use_cpu: bool
+    ) -> None:
+        self.settings = settings
+        self.task = glue_task(task_name, dataset_dir)
+        self.seed = seed
+        self.dataset_dir = dataset_dir
+        self.folder = work_dir / f"{task_name}-{seed}"
+        self.use_cpu = use_cpu
+        self.tokenizer = load_tokenizer(settings.model)
+
+    @cached_property
+    def rows(self) -> dict[str, Dataset]:
+        """Training rows of this seed, and the official validation sets."""
+        splits = load_glue(self.task, self.dataset_dir)
+        return {**splits, "train": take(splits["train"], self.settings.max_train_samples, seed=self.seed)}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models are trained and scored."""
+        return self._arguments(Phase.RECOVER, 1).device
+
+    def dense(self) -> PreTrainedModel:
+        """Load the dense checkpoint, training it the first time.
+
+        Returns:
+            The model.
+        """
+        if not (self.folder / DENSE / "config.json").exists():
+            set_seed(self.seed)
+            model, _ = load_model(self.settings.model, self.task)
+            self._train(model, Phase.FINETUNE, self.settings.dense_steps)
+            self.save(model, DENSE)
+        return self.load(DENSE)
+
+    def sparsify(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Train the posterior, and remove what the dropout-rate rule finds irrelevant.
+
+        Args:
+            model: The dense model.
+
+        Returns:
+            The same model, smaller.
+        """
+        return self._train(model, Phase.SPARSIFY, self.settings.sparsify_steps, teacher=self.dense())
+
+    def recover(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
+        """Train what is left, with the dense checkpoint as the teacher.
+
+        Args:
+            model: A pruned model.
+            steps: Optimizer steps.
+
+        Returns:
+            The same model.
+        """
+        return self._train(model, Phase.RECOVER, steps, teacher=self.dense())
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        """Score a model on the official validation sets, in fp32.
+
+        Args:
+            model: The model.
+
+        Returns:
+            `score` and each metric of the task.
+        """
+        data = {split: self.rows[split] for split in self.task.validation_splits}
+        length = self.settings.max_length
+        result = evaluate_glue(model, self.tokenizer, self.task, data, max_length=length, batch_size=EVAL_BATCH_SIZE)
+        return {name: value for name, value in result.items() if isinstance(value, float)}
+
+    def save(self, model: PreTrainedModel, name: str) -> Path:
+        """Save a model with its tokenizer.
+
+        Args:
+            model: The model.
+            name: Name of its folder.
+
+        Returns:
+            The folder.
+        """
+        self.tokenizer.save_pretrained(self.folder / name)
+        model.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def load(self, name: str) -> PreTrainedModel:
+        """Load a saved model.
+
+        Args:
+            name: Name of its folder.
+
+        Returns:
+            The model, in fp32.
+        """
+        return from_pretrained(self.folder / name).to(self.device)  # type: ignore[arg-type]  # transformers wraps `to`
+
+    def _train(
+        self, model: PreTrainedModel, phase: Phase, steps: int, *, teacher: PreTrainedModel | None = None
+    ) -> PreTrainedModel:
+        """Run the trainer for one phase alone, and remove what it finds irrelevant."""
+        length = self.settings.max_length
+        trainer = VDTrainer(
+            model=model,
+            args=self._arguments(phase, steps),
+            teacher=teacher,
+            train_dataset=encode(self.rows["train"], self.task, self.tokenizer, model.config, max_length=length),
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            processing_class=self.tokenizer,
+        )
+        trainer.train()
+        return trainer.prune()
+
+    def _arguments(self, phase: Phase, steps: int) -> VDTrainingArguments:
+        rates = {Phase.FINETUNE: self.settings.dense_learning_rate}
+        fractions: dict[str, Any] = {f"{part}_fraction": float(part is phase) for part in Phase}
+        return VDTrainingArguments(
+            output_dir=str(self.folder / "trainer"),
+            max_steps=steps,
+            learning_rate=rates.get(phase, self.settings.learning_rate),
+            seed=self.seed,
+            per_device_train_batch_size=TRAIN_BATCH_SIZE,
+            train_sampling_strategy="group_by_length",  # padding would double the cost of short texts
+            warmup_steps=WARMUP_SHARE,
+            bf16=self.settings.bf16,
+            use_cpu=self.use_cpu,
+            dataloader_pin_memory=False,
+            logging_steps=LOGGING_STEPS,
+            save_strategy="no",
+            report_to="none",
+            **fractions,
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs: a file that only grows, and the table that is made from it."""
+
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+
+__all__ = ["Results", "Row", "latency_table", "score_table"]
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Finished runs in a file that processes share.
+
+    Args:
+        path: The file, one JSON object per line.
+        settings: Settings of the runs to look at; rows of others are left alone.
+    """
+
+    def __init__(self, path: Path, settings: Row) -> None:
+        self.path = path
+        self.settings = settings
+
+    def rows(self) -> list[Row]:
+        """Read the finished runs with these settings.
+
+        Returns:
+            Their rows, in the order in which they were finished.
+        """
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return [row for row in map(json.loads, lines) if row["settings"] == self.settings]
+
+    def find(self, task: str, seed: int, method: str) -> Row | None:
+        """Look up one run.
+
+        Args:
+            task: Name of its task.
+            seed: Its seed.
+            method: Name of its method.
+
+        Returns:
+            Its row, or None if it is not finished.
+        """
+        key = (task, seed, method)
+        return next((row for row in self.rows() if (row["task"], row["seed"], row["method"]) == key), None)
+
+    def add(self, row: Row) -> None:
+        """Append one run in a single write, so that processes do not mix their lines.
+
+        Args:
+            row: The run; its settings are added.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "settings": self.settings}) + "\n")
+
+
+def score_table(rows: list[Row]) -> str:
+    """Write scores and sizes as a Markdown table.
+
+    Args:
+        rows: Finished runs.
+
+    Returns:
+        Mean and standard error over seeds, one line per task and method. The last column is the score beyond the
+        dense checkpoint of the same seed.
+    """
+    dense = {(row["task"], row["seed"]): row["score"] for row in rows if row["method"] == "dense"}
+    lines = [
+        "| task | method | seeds | body weights left | after the cut | score | against dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (task, method), runs in _grouped(rows, "task", "method").items():
+        full = max(row["body_weights"] for row in rows)
+        paired = [row["score"] - dense[task, row["seed"]] for row in runs if (task, row["seed"]) in dense]
+        cells = [
+            _spread([100 * row["body_weights"] / full for row in runs], " %"),
+            _spread([100 * row["score_after_cut"] for row in runs]),
+            _spread([100 * row["score"] for row in runs]),
+            _spread([100 * difference for difference in paired]),
+        ]
+        lines.append(f"| {task} | {method} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def latency_table(rows: list[Row]) -> str:
+    """Write speed-ups as a Markdown table.
+
+    Args:
+        rows: Finished runs.
+
+    Returns:
+        Dense over pruned, predicted for the body and measured for the whole model, one line per task, method, batch
+        size and length.
+    """
+    timed = [
+        {**row, **timing, "measured": timing["dense"] / timing["pruned"]}
+        for row in rows
+        if row["method"] != "dense"
+        for timing in row["latency"]
+    ]
+    lines = ["| task | method | batch | tokens | predicted | measured |", "|---|---|---|---|---|---|"]
+    for key, runs in _grouped(timed, "task", "method", "batch_size", "length").items():
+        speedups = [_spread([row[name] for row in runs], "x") for name in ("predicted", "measured")]
+        lines.append(f"| {' | '.join(map(str, (*key, *speedups)))} |")
+    return "\n".join(lines)
+
+
+def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def _spread(values: list[float], unit: str = "") -> str:
+    """Write mean and standard error."""
+    if not values:
+        return "not measured"
+    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{error}{unit}"

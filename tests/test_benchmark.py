@@ -1,0 +1,157 @@
+"""`scripts/benchmark.py` and `benchmarks/`: equal counts and budgets, rows that add up, work that is shared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import pytest
+import run_glue
+import torch
+from benchmarks import measurements
+from benchmarks.baselines import SCORERS, keep_best
+from benchmarks.results import Results, latency_table, score_table
+from datasets import ClassLabel, Dataset, Features, Value
+from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
+from torch import nn
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.glue import GLUE_TASKS
+
+
+Finished = tuple[Path, list[dict[str, Any]]]
+
+LATENCY_GRID = [(1, 4), (2, 8)]
+NUM_STEPS = {"dense_steps": 2, "sparsify_steps": 3, "recover_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and the files of SST-2."""
+    root = tmp_path_factory.mktemp("samples")
+    tiny_classifier(2).base_model.save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    columns = {name: values for name, values in columns_for(GLUE_TASKS["sst2"], 24).items() if name != "idx"}
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    for split in ("train", "validation"):
+        (root / "data" / "sst2").mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(root / "data" / "sst2" / f"{split}.parquet")
+    return root
+
+
+def flags(samples: Path, output_dir: Path, *extra: str) -> list[str]:
+    values = {
+        "model_name_or_path": samples / "model",
+        "dataset_dir": samples / "data",
+        "work_dir": output_dir / "work",
+        "results_file": output_dir / "results.jsonl",
+        "max_length": 16,
+        "use_cpu": True,
+        **NUM_STEPS,
+    }
+    return [*(f"--{name}={value}" for name, value in values.items()), "--tasks", "sst2", "--seeds", "0", *extra]
+
+
+@pytest.fixture(scope="module")
+def finished(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """All runs of one cell, scored by `run_glue` in this process, as starting eight takes a minute."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+        patch.setattr(measurements.subprocess, "run", lambda command, **_: run_glue.main(command[2:]))
+        patch.setattr(benchmark, "commit", lambda: "abc")
+        benchmark.main(flags(samples, folder))
+    return folder, [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_method_makes_a_row(finished: Finished) -> None:
+    _, rows = finished
+    assert [row["method"] for row in rows] == list(benchmark.METHODS)
+    for row in rows:
+        assert 0 <= row["score"] <= 1
+        # What a user gets through either door is what the run reports, to the last digit.
+        assert row["score_through"] == dict.fromkeys(("hf_vdneuron", "trust_remote_code"), row["score"])
+        assert [(timing["batch_size"], timing["length"]) for timing in row["latency"]] == LATENCY_GRID
+
+
+def test_baselines_keep_as_many_units(finished: Finished) -> None:
+    _, rows = finished
+    by_method = {row["method"]: row for row in rows}
+    for name in SCORERS:
+        assert by_method[name]["units"] == by_method["vd"]["units"]
+        assert by_method[name]["parameters"] == by_method["vd"]["parameters"]
+
+
+def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, rows = finished
+    benchmark.main(flags(samples, folder))
+    assert len((folder / "results.jsonl").read_text().splitlines()) == len(rows)
+    assert "| sst2 | magnitude | 1 |" in capsys.readouterr().out
+
+
+def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = finished
+    benchmark.main(flags(samples, folder, "--recover_steps=9", "--plan"))
+    plan = capsys.readouterr().out
+    assert all(method in plan for method in benchmark.METHODS)
+
+
+def test_a_claimed_cell_is_left_to_its_process(samples: Path, tmp_path: Path) -> None:
+    with benchmark.claim(tmp_path / "work" / "sst2-0.lock") as granted:
+        assert granted
+        benchmark.main(flags(samples, tmp_path))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_baseline_needs_our_counts(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(flags(samples, tmp_path, "--methods", "magnitude"))
+    assert "run `vd` on sst2 first" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_named(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(flags(samples, tmp_path, "--methods", "best"))
+    assert "`methods` holds ['best']" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_magnitude_keeps_the_largest() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    (sublayer,) = find_sublayers(model)
+    expected = torch.stack([
+        sum(x**2 for x in model[0].weight[unit]) + sum(x**2 for x in model[2].weight[:, unit]) for unit in range(4)
+    ])
+    torch.testing.assert_close(SCORERS["magnitude"](model, sublayer, torch.Generator()), expected)
+    mask = keep_best(model, SCORERS["magnitude"], {sublayer.path: 2}, seed=0)
+    assert set(mask.kept_units(sublayer).tolist()) == set(expected.topk(2).indices.tolist())
+
+
+def test_random_follows_its_seed() -> None:
+    model = nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 2))
+    (sublayer,) = find_sublayers(model)
+    kept = [
+        keep_best(model, SCORERS["random"], {sublayer.path: 10}, seed=seed).kept_units(sublayer).tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def row(method: str, seed: int, score: float, weights: int) -> dict[str, Any]:
+    timing = {"batch_size": 1, "length": 32, "predicted": 2.0, "dense": 0.3, "pruned": 0.1}
+    run = {"task": "sst2", "method": method, "seed": seed, "score": score, "score_after_cut": score - 0.1}
+    return {**run, "body_weights": weights, "latency": [timing]}
+
+
+def test_tables_pair_scores_by_seed() -> None:
+    rows = [row("dense", 0, 0.9, 100), row("dense", 1, 0.8, 100), row("vd", 0, 0.88, 40), row("vd", 1, 0.8, 20)]
+    lines = score_table(rows).splitlines()
+    assert lines[-1] == "| sst2 | vd | 2 | 30.00 ± 10.00 % | 74.00 ± 4.00 | 84.00 ± 4.00 | -1.00 ± 1.00 |"
+    assert latency_table(rows).splitlines()[-1] == "| sst2 | vd | 1 | 32 | 2.00 ± 0.00x | 3.00 ± 0.00x |"
+
+
+def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(path, {"steps": 1}).add({"task": "sst2", "seed": 0, "method": "vd"})
+    assert Results(path, {"steps": 2}).find("sst2", 0, "vd") is None
+    assert Results(path, {"steps": 1}).find("sst2", 0, "vd") is not None
