@@ -3,11 +3,14 @@
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -18,11 +21,13 @@ from transformers import HfArgumentParser
 
 
 __all__ = [
-    "check_writable_output_dir",
+    "check_counts",
     "choose_device",
     "one_line_errors",
+    "output_folder",
     "parse_args",
     "print_table",
+    "shareable_command",
     "write_json",
 ]
 
@@ -37,6 +42,9 @@ USAGE_EXIT_CODE = 2
 
 #: Longest error line, in characters. Some libraries explain for pages.
 MAX_ERROR_WIDTH = 1000
+
+#: What the flags of a secret end with.
+SECRET_SUFFIX = "hub_token"
 
 
 class _Parser(HfArgumentParser):
@@ -98,21 +106,77 @@ def one_line_errors(main: Callable[P, T]) -> Callable[P, T]:
     return polite_main
 
 
-def check_writable_output_dir(output_dir: str | Path) -> None:
-    """Check, before long work, that results can be written later. Nothing is created.
+def check_counts(arguments: object, *names: str) -> None:
+    """Check flags that count something.
 
     Args:
-        output_dir: Folder for the results; it need not exist.
+        arguments: Their dataclass.
+        *names: Names of the flags. A flag that is None was not given.
+
+    Raises:
+        ValueError: One is below 1.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is {value}, expected at least 1")
+
+
+@contextmanager
+def output_folder(output_dir: str | Path) -> Generator[Path]:
+    """Check, before long work, that results can be written; work that fails leaves no empty folder behind.
+
+    Args:
+        output_dir: Folder for the results; it need not exist, and is not created here.
+
+    Yields:
+        Its absolute path.
 
     Raises:
         OSError: It cannot be created, or not be written to.
     """
     path = Path(output_dir).absolute()
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    _check_writable(output_dir, path if not new else new[-1].parent)
     try:
+        yield path
+    except BaseException:  # an interrupt by the user too
+        for folder in new:
+            with suppress(OSError):  # it was not made, or there is something in it
+                folder.rmdir()
+        raise
+
+
+def _check_writable(output_dir: str | Path, existing: Path) -> None:
+    try:
+        if not str(output_dir):
+            raise FileNotFoundError("it is empty")
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise OSError(f"`output_dir` {str(output_dir)!r} is not writable: choose another folder ({error})") from error
+
+
+def shareable_command(script: str, argv: Sequence[str]) -> str:
+    """Write a command for others to repeat: local folders go by their names, and secrets are left out.
+
+    Args:
+        script: Path of the script in the repository.
+        argv: Arguments without the program's name.
+
+    Returns:
+        The command, quoted for a shell.
+    """
+    return shlex.join(["python", script, *(_shareable(before, word) for before, word in pairwise(["", *argv]))])
+
+
+def _shareable(before: str, word: str) -> str:
+    """Write one word of a command, a flag or its value or both."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+    if flag.replace("-", "_").endswith(SECRET_SUFFIX) and value:
+        value = "..."
+    elif Path(value).is_absolute():
+        value = Path(value).name
+    return f"{flag}={value}" if equals else value or word
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A classifier, pruned or not, meets a GLUE task: label order, encoding, the score."""
+"""The score of a model, pruned or not, on a GLUE task: rows are encoded for it, and its outputs measured."""
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -12,12 +12,8 @@ import torch
 from datasets import Dataset
 from datasets.utils import tqdm
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BatchEncoding,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -27,157 +23,10 @@ from transformers import (
 )
 
 from hf_vdneuron.glue import LABEL_COLUMN, GlueMetric, GlueTask
-from hf_vdneuron.persistence import from_pretrained
+from hf_vdneuron.labels import class_order
 
 
-__all__ = [
-    "class_order",
-    "encode",
-    "evaluate_glue",
-    "fitting_tasks",
-    "load_classifier",
-    "load_tokenizer",
-    "make_compute_metrics",
-    "read_classifier_config",
-]
-
-#: What the name of a class with a trained classifier ends with, in transformers.
-CLASSIFIER_SUFFIX = "ForSequenceClassification"
-
-#: Tokens, beside special ones, that a tokenizer knows without its files: T5's has a space.
-BLANK_TOKENS = 1
-
-
-def read_classifier_config(model_name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the configuration of a fine-tuned classifier, to see what it is before its weights are loaded.
-
-    Args:
-        model_name_or_path: Folder, or name on the Hub.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: There is no such model, or it has no trained classifier.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged values trip config classes in all kinds of ways
-        raise ValueError(
-            f"cannot load `model_name_or_path` {model_name_or_path!r}: give a folder with a saved model, or a name on "
-            f"the Hub ({error})"
-        ) from error
-    saved_classes = config.architectures or []
-    if not any(name.endswith(CLASSIFIER_SUFFIX) for name in saved_classes):
-        raise ValueError(
-            f"`model_name_or_path` {model_name_or_path!r} holds {saved_classes}, expected a class ending in "
-            f"{CLASSIFIER_SUFFIX}: fine-tune it on the task first"
-        )
-    return config
-
-
-def load_classifier(
-    model_name_or_path: str, *, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a fine-tuned classifier, pruned or not, and its tokenizer.
-
-    Args:
-        model_name_or_path: Folder, or name on the Hub.
-        trust_remote_code: Load with transformers alone, and run the code that comes with the model.
-
-    Returns:
-        The model on the CPU, and the tokenizer.
-
-    Raises:
-        ValueError: There is no such model or tokenizer, or it is damaged.
-    """
-    tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
-    if not trust_remote_code:
-        return from_pretrained(model_name_or_path), tokenizer
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(model_name_or_path, trust_remote_code=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load `model_name_or_path` {model_name_or_path!r}: save or download it again ({error})"
-        ) from error
-    return model, tokenizer
-
-
-def load_tokenizer(model_name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with a model.
-
-    Args:
-        model_name_or_path: Folder, or name on the Hub.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
-    advice = f"cannot load the tokenizer of `model_name_or_path` {model_name_or_path!r}: save it beside the model"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged or missing files trip tokenizer classes in all kinds of ways
-        raise ValueError(f"{advice} ({error})") from error
-    # Where no files are, many tokenizer classes come up blank instead of failing: every word would be unknown.
-    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) <= BLANK_TOKENS:
-        raise ValueError(f"{advice} (found no vocabulary)")
-    return tokenizer
-
-
-def fitting_tasks(config: PreTrainedConfig, tasks: Sequence[GlueTask]) -> list[GlueTask]:
-    """Choose the tasks for which a model has the right number of labels.
-
-    Args:
-        config: Configuration of the model.
-        tasks: Tasks, at least one.
-
-    Returns:
-        Those that fit, at least one.
-
-    Raises:
-        ValueError: None fits.
-    """
-    fitting = [task for task in tasks if task.num_labels == config.num_labels]
-    if not fitting:
-        raise ValueError("; ".join(_misfit(config, task) for task in tasks))
-    return fitting
-
-
-def _misfit(config: PreTrainedConfig, task: GlueTask) -> str:
-    needed = f"{task.num_labels} {task.label_names or '(regression)'}"
-    return (
-        f"{task.name} needs a model with {needed} labels, got one with {config.num_labels}: fine-tune it on the task"
-    )
-
-
-def class_order(config: PreTrainedConfig, task: GlueTask) -> tuple[int, ...]:
-    """Match the outputs of a model to the labels of a task, by name where the model knows the names.
-
-    Args:
-        config: Configuration of a model.
-        task: The task.
-
-    Returns:
-        The model's output for each label of the task, a permutation of `range(num_labels)`. The identity if the
-        model's label names are others, such as transformers' own `LABEL_0`.
-
-    Raises:
-        ValueError: The model has another number of labels.
-    """
-    if config.num_labels != task.num_labels:
-        raise ValueError(_misfit(config, task))
-    outputs = {_normalized(name): int(output) for output, name in (config.id2label or {}).items()}
-    if set(outputs) != set(task.label_names):
-        return tuple(range(task.num_labels))
-    return tuple(outputs[name] for name in task.label_names)
-
-
-def _normalized(label_name: str) -> str:
-    return label_name.lower().replace(" ", "_").replace("-", "_")
+__all__ = ["encode", "evaluate_glue", "make_compute_metrics"]
 
 
 def encode(
@@ -234,7 +83,9 @@ def make_compute_metrics(task: GlueTask, config: PreTrainedConfig) -> Callable[[
         if not np.isfinite(logits).all():
             raise ValueError(f"the model's outputs for {task.name} hold NaN or infinity: it diverged, or is damaged")
         if task.is_regression:
-            return metric.compute(predictions=logits[:, 0], references=evaluation.label_ids)
+            # A Trainer's labels are in fp32. So are these, whoever calls, as a score is compared to the last digit.
+            references = np.asarray(evaluation.label_ids, dtype=np.float32)
+            return metric.compute(predictions=logits[:, 0], references=references)
         # Labels of the data set are positions in `order`.
         references = np.argsort(order)[evaluation.label_ids]
         return metric.compute(predictions=logits[:, order].argmax(-1), references=references)

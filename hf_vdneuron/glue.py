@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import evaluate
 import numpy as np
@@ -28,6 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 __all__ = [
     "GLUE_TASKS",
+    "HUB_DATASET",
     "LABEL_COLUMN",
     "GlueMetric",
     "GlueTask",
@@ -37,6 +38,8 @@ __all__ = [
     "split_off_dev",
     "take",
 ]
+
+T = TypeVar("T")
 
 #: Where the tasks live on the Hub.
 HUB_DATASET = "nyu-mll/glue"
@@ -57,6 +60,7 @@ SIMILARITY_RANGE = (0, 5)
 #: a tenth of the training set.
 DEV_ROWS = 2000
 DEV_FRACTION = 0.1
+MIN_ROWS_TO_SPLIT = 2
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _official(name: str) -> GlueTask | None:
 
 
 def _own_task(name: str, path: Path) -> GlueTask:
-    features = Features.from_arrow_schema(pq.read_schema(path))
+    features = Features.from_arrow_schema(_read_parquet(path, pq.read_schema))
     texts = tuple(column for column, feature in features.items() if feature == Value("string"))
     label = features.get(LABEL_COLUMN)
     if not isinstance(label, ClassLabel) or not 1 <= len(texts) <= MAX_TEXT_COLUMNS:
@@ -267,11 +271,14 @@ def _from_parquet(path: Path) -> Dataset:
         raise FileNotFoundError(
             f"{path} does not exist, its folder holds {found}: give a `dataset_dir` with this file"
         )
+    return Dataset(InMemoryTable(_read_parquet(path, pq.read_table)))
+
+
+def _read_parquet(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        table = pq.read_table(path)
+        return read(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    return Dataset(InMemoryTable(table))
 
 
 def _check_rows(dataset: Dataset, task: GlueTask, source: str) -> None:
@@ -344,7 +351,14 @@ def split_off_dev(train: Dataset, *, seed: int) -> tuple[Dataset, Dataset]:
 
     Returns:
         Remaining training rows, and development rows.
+
+    Raises:
+        ValueError: There is only one row.
     """
+    if len(train) < MIN_ROWS_TO_SPLIT:
+        raise ValueError(
+            f"the training set has {len(train)} rows, expected at least 2, to cut a development split off"
+        )
     num_dev = min(DEV_ROWS, max(1, round(DEV_FRACTION * len(train))))
     parts = train.train_test_split(test_size=num_dev, seed=seed)
     return parts["train"], parts["test"]

@@ -1,21 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page a pruned model is met by: how to load it, what was removed, what that cost."""
+"""The page a saved model is met by: how to load it, what was removed, what that cost, how to make it again."""
 
-from huggingface_hub import ModelCard, ModelCardData
+from collections.abc import Mapping
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_vdneuron.glue import GLUE_TASKS, HUB_DATASET
 from hf_vdneuron.report import RunReport
 
 
 __all__ = ["render_model_card"]
 
+#: What transformers says to weights of other sizes than the config's. People search for it.
+LOAD_ERROR = (
+    "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above "
+    "report!"
+)
+
 _TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ base_model }}, sparsified on {{ report.task }}
+# {{ report.base_model }}, sparsified on {{ report.task }}
 
-**How to load it.** Some layers are smaller than the config of `{{ architecture }}` says, so a plain
-`from_pretrained` stops with a `RuntimeError` about mismatched sizes. Either of these works:
+{% if is_cut -%}
+**How to load it.** Some layers are smaller than the config says, so a plain
+`{{ architecture }}.from_pretrained` stops with
+
+```text
+{{ load_error }}
+```
+
+Do **not** set `ignore_mismatched_sizes=True`: it replaces the trained weights by random ones. Either of these loads
+the model as it is:
 
 ```python
 import hf_vdneuron
@@ -28,8 +45,16 @@ from transformers import AutoModelForSequenceClassification
 
 model = AutoModelForSequenceClassification.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 ```
+{%- else -%}
+**How to load it.** Nothing was removed in the end, so this is an ordinary
+`{{ architecture }}`:
 
-Do **not** pass `ignore_mismatched_sizes=True`: it replaces the trained weights by random ones.
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("{{ repo_id }}")
+```
+{%- endif %}
 
 ## What was removed
 
@@ -38,21 +63,33 @@ Do **not** pass `ignore_mismatched_sizes=True`: it replaces the trained weights 
 | score on {{ report.task }} | {{ score(report.dense.score) }} | {{ score(report.pruned.score) }} |
 | score right after the cut, before recovery | | {{ score(report.score_after_cut) }} |
 | parameters | {{ "{:,}".format(report.dense.parameters) }} | {{ "{:,}".format(report.pruned.parameters) }} |
+| bytes | {{ "{:,}".format(report.dense.bytes) }} | {{ "{:,}".format(report.pruned.bytes) }} |
 | heads per layer | {{ counts(report.dense.heads_per_layer) }} | {{ counts(report.pruned.heads_per_layer) }} |
 | neurons per layer | {{ counts(report.dense.neurons_per_layer) }} | {{ counts(report.pruned.neurons_per_layer) }} |
 
 Speed-up of the body in multiply-accumulates: **{{ "%.2f" | format(report.speedup.predicted) }}x**. Measured on
-{{ report.environment.device }}, batch {{ report.speedup.batch_size }}, {{ report.speedup.length }} tokens:
+{{ report.device }} in fp32, batch {{ report.speedup.batch_size }}, {{ report.speedup.length }} tokens:
 **{{ "%.2f" | format(report.speedup.measured) }}x** for the whole model.
+
+Scores are the mean of the task's metrics on {{ report.evaluation.split }} ({{ report.evaluation.num_examples }}
+examples). The dense model and the one right after the cut were scored in {{ report.dense.precision }}, this one in
+{{ report.pruned.precision }}, loaded from its files, in batches of {{ report.evaluation.batch_size }} cut to
+{{ report.evaluation.max_length }} tokens.
 
 ## How it was made
 
-Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}, seed
-{{ report.seed }}): what the trained posterior found irrelevant was removed for good, and the rest trained on.
-Scores are the mean of the task's GLUE metrics on its validation set.
+Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}):
+what the trained posterior found irrelevant was removed for good, and the rest trained on. This command repeats it:
 
-Versions: {% for name, value in report.environment.items() %}{{ name }} {{ value }}{{ ", " if not loop.last }}\
-{% endfor %}.
+```bash
+{{ report.command }}
+```
+
+- Base model: {{ report.base_model }}
+- Task: {{ report.task }}
+- Seeds: {{ named(report.seeds) }}
+- Training: {{ "%.0f" | format(report.train_seconds) }} s on {{ report.device }}
+- Versions: {{ named(report.versions) }}
 
 ## Limits
 
@@ -60,30 +97,54 @@ The removed parts were irrelevant *for this task's data*. Expect less of the mod
 """
 
 
-def render_model_card(report: RunReport, *, base_model: str, architecture: str, repo_id: str) -> ModelCard:
-    """Write the card of a pruned model.
+def render_model_card(report: RunReport, *, architecture: str, repo_id: str, is_cut: bool) -> ModelCard:
+    """Write the card of a model.
 
     Args:
         report: What came out of the run.
-        base_model: Name of the model it started from.
         architecture: Name of its class, such as `BertForSequenceClassification`.
         repo_id: Where it will live, a repository or a folder.
+        is_cut: Whether layers are smaller than its config says.
 
     Returns:
         The card.
     """
-    data = ModelCardData(
-        library_name="transformers", tags=["hf_vdneuron", "pruned", "variational-dropout"], pipeline_tag=None
-    )
     return ModelCard.from_template(
-        data,
+        _metadata(report, repo_id, is_cut=is_cut),
         template_str=_TEMPLATE,
         report=report,
-        base_model=base_model,
         architecture=architecture,
         repo_id=repo_id,
+        is_cut=is_cut,
+        load_error=LOAD_ERROR,
         score=_percent,
         counts=_counts,
+        named=_named,
+    )
+
+
+def _metadata(report: RunReport, repo_id: str, *, is_cut: bool) -> ModelCardData:
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["hf_vdneuron", "variational-dropout", *(["pruned"] if is_cut else [])],
+        # The name of a local folder would be taken for a repository.
+        base_model=report.base_model if "/" in report.base_model else None,
+        model_name=repo_id,
+        eval_results=[_eval_result(report, name, value) for name, value in report.evaluation.metrics.items()],
+    )
+
+
+def _eval_result(report: RunReport, metric: str, value: float) -> EvalResult:
+    is_official = report.task in GLUE_TASKS
+    return EvalResult(
+        task_type="text-classification",
+        dataset_type=HUB_DATASET if is_official else report.task,
+        dataset_name=f"GLUE {report.task}" if is_official else report.task,
+        dataset_config=report.task if is_official else None,
+        dataset_split=report.evaluation.split,
+        metric_type=metric,
+        metric_value=value,
     )
 
 
@@ -93,3 +154,7 @@ def _percent(score: float | None) -> str:
 
 def _counts(per_layer: list[int]) -> str:
     return ", ".join(map(str, per_layer))
+
+
+def _named(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

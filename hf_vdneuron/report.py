@@ -3,6 +3,7 @@
 
 import copy
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +17,19 @@ from hf_vdneuron.modeling_vdneuron import native_class
 from hf_vdneuron.sublayers import Unit
 
 
-__all__ = ["ModelReport", "RunReport", "SpeedReport", "environment", "report_model", "report_speed"]
+__all__ = [
+    "ModelReport",
+    "RunReport",
+    "ScoreReport",
+    "SpeedReport",
+    "dense_twin",
+    "device_name",
+    "environment",
+    "report_model",
+    "report_score",
+    "report_speed",
+    "versions",
+]
 
 #: Packages whose versions decide what a run gives.
 _PACKAGES = ("hf-vdneuron", "torch", "transformers", "accelerate", "datasets")
@@ -30,21 +43,44 @@ class ModelReport:
     """One model.
 
     Args:
-        score: Mean of the task's metrics, None if not measured.
-        parameters: All of its parameters.
+        score: Mean of the task's metrics on its validation sets, None if not measured.
+        precision: Arithmetic in which it was scored.
+        parameters: Number of its parameters.
+        bytes: Size of its parameters and buffers, nearly that of its file.
         heads_per_layer: Heads of each attention block, in order.
         neurons_per_layer: Neurons of each feed-forward block, in order.
     """
 
     score: float | None
+    precision: str
     parameters: int
+    bytes: int
     heads_per_layer: list[int]
     neurons_per_layer: list[int]
 
 
 @dataclass(frozen=True)
+class ScoreReport:
+    """How the saved model was scored; the same settings give the same score again, to the last digit.
+
+    Args:
+        metrics: Each metric by name.
+        split: Validation sets of the task, joined by `+`.
+        num_examples: Rows in them.
+        max_length: Tokens to which texts were truncated.
+        batch_size: Examples per forward; padding to the longest of them moves the last digits.
+    """
+
+    metrics: dict[str, float]
+    split: str
+    num_examples: int
+    max_length: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class SpeedReport:
-    """How much faster a pruned model is than the dense model of its config.
+    """How much faster a pruned model is than the model it was cut from, both in fp32 and in turns.
 
     Args:
         predicted: Dense over pruned multiply-accumulates of the body.
@@ -68,42 +104,76 @@ class RunReport:
     """A whole run.
 
     Args:
-        dense: The model as fine-tuned.
-        pruned: The model as saved.
-        score_after_cut: Score right after removal, before recovery, None if not measured.
-        speedup: How much faster it is.
-        target: What was asked for.
+        base_model: Name of the model it started from.
         task: Name of the task.
-        seed: Seed of the run.
-        environment: Device and versions.
+        target: What was asked for.
+        command: Command that repeats the run.
+        dense: The model as fine-tuned, scored during training.
+        pruned: The model as saved, scored after it was loaded again.
+        score_after_cut: Score right after removal, before recovery, in the precision of the dense one; None if not
+            measured.
+        evaluation: How the pruned model was scored.
+        speedup: How much faster it is.
+        seeds: Seeds of the run by what they decide.
+        train_seconds: Wall time of training, since it was last resumed.
+        device: Where it ran.
+        versions: Versions of Python and the packages that decide what a run gives, by name.
     """
 
+    base_model: str
+    task: str
+    target: str
+    command: str
     dense: ModelReport
     pruned: ModelReport
     score_after_cut: float | None
+    evaluation: ScoreReport
     speedup: SpeedReport
-    target: str
-    task: str
-    seed: int
-    environment: dict[str, str]
+    seeds: dict[str, int]
+    train_seconds: float
+    device: str
+    versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
         return asdict(self)
 
 
-def report_model(model: PreTrainedModel, score: float | None = None) -> ModelReport:
+def report_model(model: PreTrainedModel, score: float | None, *, precision: str = "fp32") -> ModelReport:
     """Describe a model.
 
     Args:
         model: A dense or pruned model.
         score: Its score, if measured.
+        precision: Arithmetic in which it was.
 
     Returns:
         The description.
     """
     left = units_left(model)
-    return ModelReport(score, model.num_parameters(), left[Unit.HEAD], left[Unit.NEURON])
+    return ModelReport(
+        score=score,
+        precision=precision,
+        parameters=model.num_parameters(),
+        bytes=int(model.get_memory_footprint()),
+        heads_per_layer=left[Unit.HEAD],
+        neurons_per_layer=left[Unit.NEURON],
+    )
+
+
+def report_score(result: Mapping[str, Any], *, max_length: int, batch_size: int) -> ScoreReport:
+    """Say how a score was measured.
+
+    Args:
+        result: What `evaluate_glue` returns.
+        max_length: Tokens to which texts were truncated.
+        batch_size: Examples per forward.
+
+    Returns:
+        Metrics and settings.
+    """
+    metrics = {name: value for name, value in result.items() if isinstance(value, float) and name != "score"}
+    return ScoreReport(metrics, result["split"], result["num_examples"], max_length, batch_size)
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,18 +190,20 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
 
 
-def report_speed(pruned: PreTrainedModel, *, length: int, batch_size: int = DEFAULT_BATCH_SIZE) -> SpeedReport:
-    """Predict and measure how much faster a pruned model is than its dense twin.
+def report_speed(
+    dense: PreTrainedModel, pruned: PreTrainedModel, *, length: int, batch_size: int = DEFAULT_BATCH_SIZE
+) -> SpeedReport:
+    """Predict and measure how much faster a pruned model is than another.
 
     Args:
-        pruned: A pruned model of text.
+        dense: The model of text that it was cut from, with any weights.
+        pruned: The pruned model, on the same device.
         length: Tokens of a sequence.
         batch_size: Sequences in a forward.
 
     Returns:
         Both speed-ups, and the times that the measured one is the ratio of.
     """
-    dense = dense_twin(pruned)
     inputs = text_inputs(batch_size=batch_size, length=length, device=pruned.device)
     seconds = measure_latency({"dense": dense, "pruned": pruned}, inputs)
     predicted = body_cost(dense, length=length).macs / max(1, body_cost(pruned, length=length).macs)
@@ -145,6 +217,28 @@ def report_speed(pruned: PreTrainedModel, *, length: int, batch_size: int = DEFA
     )
 
 
+def device_name(device: torch.device) -> str:
+    """Say what a device is.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Its type, and the name of the card or the architecture of the machine.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
+
+
+def versions() -> dict[str, str]:
+    """List what is installed.
+
+    Returns:
+        Versions of Python and the packages that decide what a run gives, by name.
+    """
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Say where a run happened.
 
@@ -154,9 +248,4 @@ def environment(device: torch.device) -> dict[str, str]:
     Returns:
         Device, Python and package versions, by name.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device.type} ({name})",
-        "python": platform.python_version(),
-        **{package: version(package) for package in _PACKAGES},
-    }
+    return {"device": device_name(device), **versions()}

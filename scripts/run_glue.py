@@ -9,22 +9,24 @@ metric by name; at the top, `score` is the mean over tasks. The result of a sing
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 
 from hf_vdneuron.cli import (
-    check_writable_output_dir,
+    check_counts,
     choose_device,
     one_line_errors,
+    output_folder,
     parse_args,
     print_table,
     write_json,
 )
-from hf_vdneuron.evaluation import evaluate_glue, fitting_tasks, load_classifier, read_classifier_config
+from hf_vdneuron.evaluation import evaluate_glue
 from hf_vdneuron.glue import GLUE_TASKS, GlueTask, find_tasks, glue_task, load_glue, take
+from hf_vdneuron.labels import fitting_tasks
+from hf_vdneuron.loading import load_classifier, read_classifier_config
 from hf_vdneuron.report import environment
 
 
@@ -75,10 +77,12 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_eval_samples", "per_device_eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, expected at least 1")
+        """Check the counts.
+
+        Raises:
+            ValueError: If one is below 1.
+        """
+        check_counts(self, "max_length", "max_eval_samples", "per_device_eval_batch_size")
 
 
 def named_tasks(args: EvaluationArguments) -> list[GlueTask]:
@@ -142,9 +146,9 @@ def print_results(results: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     """Evaluate, write and print the results."""
     (args,) = parse_args([EvaluationArguments], argv, description=__doc__)
-    check_writable_output_dir(args.output_dir)
-    results = evaluate(args)
-    write_json(Path(args.output_dir) / RESULTS_FILE, results)
+    with output_folder(args.output_dir) as folder:
+        results = evaluate(args)
+        write_json(folder / RESULTS_FILE, results)
     print_results(results)
 
 

@@ -3,30 +3,46 @@
 
     python scripts/sparsify.py --model_name_or_path bert-base-uncased --task_name sst2 --output_dir OUT
 
-OUT then holds an ordinary model (weights, config, tokenizer), its model card and `report.json`.
+OUT then holds an ordinary model (weights, config, tokenizer), its model card and `report.json`. The task's validation
+sets are scored for the report only; with `--eval_strategy`, whatever is chosen on the way, such as the best
+checkpoint, is chosen on a split cut from the training set.
 """
 
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from statistics import fmean
+from typing import Any, cast
 
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.cli import (
+    check_counts,
+    one_line_errors,
+    output_folder,
+    parse_args,
+    print_table,
+    shareable_command,
+    write_json,
 )
-
-from hf_vdneuron.cli import check_writable_output_dir, one_line_errors, parse_args, print_table, write_json
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.evaluation import encode, load_tokenizer, make_compute_metrics
-from hf_vdneuron.glue import GlueTask, glue_task, load_glue, take
+from hf_vdneuron.evaluation import encode, evaluate_glue, make_compute_metrics
+from hf_vdneuron.glue import GlueTask, glue_task, load_glue, split_off_dev, take
+from hf_vdneuron.loading import load_classifier, load_model
 from hf_vdneuron.model_card import render_model_card
-from hf_vdneuron.report import RunReport, dense_twin, environment, report_model, report_speed
+from hf_vdneuron.patching import select_sublayers
+from hf_vdneuron.report import RunReport, device_name, report_model, report_score, report_speed, versions
 from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
+
+
+#: Names of the parts of the training set.
+TRAIN, DEV = "train", "dev"
 
 
 @dataclass
@@ -34,111 +50,272 @@ class DataArguments:
     """Which model, on which data."""
 
     model_name_or_path: str = field(metadata={"help": "Model to start from: a folder, or a name on the Hub."})
-    task_name: str = field(metadata={"help": "GLUE task, such as `sst2`."})
+    task_name: str = field(
+        metadata={"help": "GLUE task, such as `sst2`, or a task of your own in --dataset_dir."},
+    )
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder with `<task>/{train,validation}.parquet`; by default the Hub is used."}
     )
     max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many rows of each set."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ValueError: If one is below 1.
+        """
+        check_counts(self, "max_length", "max_train_samples", "max_eval_samples")
 
 
-def load_model(name: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model with a head for the task, and its tokenizer.
+class GlueTrainer(VDTrainer):
+    """Scores the dense and the cut model on the validation sets, and everything else on a development split.
 
     Args:
-        name: Folder or name on the Hub.
-        task: The task, which names the labels.
-
-    Returns:
-        Both.
+        dev_dataset: Rows to choose by, None if nothing is evaluated on the way.
+        **kwargs: Whatever `VDTrainer` takes; `eval_dataset` holds the validation sets by name.
     """
-    labels = dict(enumerate(task.label_names)) or {0: "score"}
-    config = AutoConfig.from_pretrained(name)
-    # A model that was fine-tuned with the same labels in another order keeps its own.
-    if set((config.id2label or {}).values()) != set(labels.values()):
-        config.id2label, config.label2id = labels, {label: index for index, label in labels.items()}
-    config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config), load_tokenizer(name)
+
+    def __init__(self, *, dev_dataset: Dataset | None, **kwargs: Any) -> None:
+        self.dev_dataset = dev_dataset
+        super().__init__(**kwargs)
+
+    def evaluate(
+        self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        """Evaluate on a data set.
+
+        Args:
+            eval_dataset: The data set, by default the development split.
+            *args: Passed on.
+            **kwargs: Passed on.
+
+        Returns:
+            Loss and metrics.
+        """
+        return super().evaluate(self.dev_dataset if eval_dataset is None else eval_dataset, *args, **kwargs)
+
+    def milestone_score(self, milestone: str) -> float | None:
+        """Look up the score of a milestone.
+
+        Args:
+            milestone: `dense` or `cut`.
+
+        Returns:
+            Mean over the validation sets, None if it was not measured.
+        """
+        scores = [self.milestone(f"{milestone}_{split}_score") for split in cast(dict[str, Any], self.eval_dataset)]
+        known = [score for score in scores if score is not None]
+        return fmean(known) if known else None
 
 
-def build_trainer(data_args: DataArguments, args: VDTrainingArguments, vd_config: VDConfig) -> VDTrainer:
-    """Load everything and put it together.
+@dataclass(frozen=True)
+class Job:
+    """Everything a run is about.
 
     Args:
         data_args: Which model, on which data.
+        task: The task.
+        rows: Rows to train on, of the development split if there is one, and of the validation sets.
+        command: Command that repeats the run.
+    """
+
+    data_args: DataArguments
+    task: GlueTask
+    rows: dict[str, Dataset]
+    command: str
+
+    @property
+    def validation_rows(self) -> dict[str, Dataset]:
+        """Rows of the task's validation sets."""
+        return {split: self.rows[split] for split in self.task.validation_splits}
+
+
+def check_arguments(args: VDTrainingArguments) -> None:
+    """Find out what is wrong with the flags before anything is loaded.
+
+    Args:
+        args: How to train.
+
+    Raises:
+        ValueError: If a batch or the run is empty, a phase has no step, a reporting package is not installed or there
+            is no checkpoint to resume.
+    """
+    check_counts(args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    if args.max_steps >= 0:
+        args.phase_plan(args.max_steps)
+    elif args.num_train_epochs <= 0:
+        raise ValueError(f"`num_train_epochs` is {args.num_train_epochs}, expected a number above 0")
+    if missing := sorted(set(args.report_to or []) - set(get_available_reporting_integrations())):
+        raise ValueError(f"`report_to` names {', '.join(missing)}, not installed here: install it, or set it to none")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint!r} holds no {TRAINER_STATE_NAME}: give a folder `checkpoint-...` "
+            "of an earlier run, or leave it out"
+        )
+
+
+def read_rows(task: GlueTask, data_args: DataArguments, args: VDTrainingArguments) -> dict[str, Dataset]:
+    """Read the rows of a task, and cut a development split off the training set if something is evaluated on the way.
+
+    Args:
+        task: The task.
+        data_args: Which data.
+        args: How to train.
+
+    Returns:
+        Rows by split.
+    """
+    splits = load_glue(task, data_args.dataset_dir)
+    rows = {split: take(splits[split], data_args.max_eval_samples) for split in task.validation_splits}
+    train = splits[TRAIN]
+    if args.eval_strategy != "no" or args.eval_on_start:
+        train, dev = split_off_dev(train, seed=args.seed)
+        rows[DEV] = take(dev, data_args.max_eval_samples)
+    return {**rows, TRAIN: take(train, data_args.max_train_samples, seed=args.seed)}
+
+
+def check_sublayers(model: PreTrainedModel, model_name_or_path: str, vd_config: VDConfig) -> None:
+    """Find out whether a model can be patched before its texts are encoded.
+
+    Args:
+        model: The model.
+        model_name_or_path: What it was loaded from.
+        vd_config: What to patch.
+
+    Raises:
+        ValueError: If its type is not supported, or a pattern matches nothing in it.
+    """
+    try:
+        select_sublayers(find_sublayers(model), vd_config)
+    except ValueError as error:
+        raise ValueError(f"cannot sparsify `model_name_or_path` {model_name_or_path!r}: {error}") from error
+
+
+def build_trainer(job: Job, args: VDTrainingArguments, vd_config: VDConfig) -> GlueTrainer:
+    """Load the model and put everything together.
+
+    Args:
+        job: What the run is about.
         args: How to train.
         vd_config: What to patch.
 
     Returns:
         The trainer, ready to run.
     """
-    task = glue_task(data_args.task_name, data_args.dataset_dir)
-    splits = load_glue(task, data_args.dataset_dir)
-    model, tokenizer = load_model(data_args.model_name_or_path, task)
-    rows = {
-        "train": take(splits["train"], data_args.max_train_samples, seed=args.seed),
-        "eval": take(splits[task.validation_splits[0]], data_args.max_eval_samples),
-    }
-    encoded = {
-        name: encode(part, task, tokenizer, model.config, max_length=data_args.max_length)
-        for name, part in rows.items()
-    }
-    return VDTrainer(
+    task, length, source = job.task, job.data_args.max_length, job.data_args.model_name_or_path
+    model, tokenizer = load_model(source, task)
+    check_sublayers(model, source, vd_config)
+    encoded = {name: encode(part, task, tokenizer, model.config, max_length=length) for name, part in job.rows.items()}
+    return GlueTrainer(
         model=model,
         args=args,
         vd_config=vd_config,
-        max_length=data_args.max_length,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["eval"],
+        max_length=length,
+        train_dataset=encoded[TRAIN],
+        dev_dataset=encoded.get(DEV),
+        eval_dataset={split: encoded[split] for split in task.validation_splits},
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=make_compute_metrics(task, model.config),
     )
 
 
-def report_run(trainer: VDTrainer, data_args: DataArguments) -> RunReport:
+def save_model(trainer: GlueTrainer, folder: str | Path) -> None:
+    """Save model and tokenizer.
+
+    Args:
+        trainer: A trainer that has pruned.
+        folder: Where to.
+    """
+    cast(PreTrainedTokenizerBase, trainer.processing_class).save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
+
+
+def load_again(trainer: GlueTrainer) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Save the pruned model aside and load it as its user will, so that what is reported is what the user gets.
+
+    Args:
+        trainer: A trainer that has pruned.
+
+    Returns:
+        Model, on the trainer's device, and tokenizer.
+    """
+    with tempfile.TemporaryDirectory(prefix=".measuring-", dir=trainer.args.output_dir) as folder:
+        save_model(trainer, folder)
+        model, tokenizer = load_classifier(folder)
+    return model.to(trainer.args.device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
+
+
+def report_run(trainer: GlueTrainer, job: Job, train_seconds: float) -> RunReport:
     """Score, count and time the pruned model.
 
     Args:
         trainer: A trainer that has trained and pruned.
-        data_args: Which model, on which data.
+        job: What the run was about.
+        train_seconds: How long training took.
 
     Returns:
         The report.
     """
-    score = trainer.evaluate()["eval_score"]
+    args, data_args = trainer.args, job.data_args
+    settings = {"max_length": data_args.max_length, "batch_size": args.per_device_eval_batch_size}
+    pruned, tokenizer = load_again(trainer)
+    result = evaluate_glue(pruned, tokenizer, job.task, job.validation_rows, **settings)
+    start, _ = load_model(data_args.model_name_or_path, job.task)
+    start.to(args.device)  # type: ignore[arg-type]  # transformers wraps `to` so that it seems unbound
+    autocast = [f"{kind} autocast" for kind in ("bf16", "fp16") if getattr(args, kind)]
     return RunReport(
-        dense=report_model(dense_twin(trainer.model), trainer.milestone("dense_score")),
-        pruned=report_model(trainer.model, score),
-        score_after_cut=trainer.milestone("cut_score"),
-        speedup=report_speed(trainer.model, length=data_args.max_length),
-        target=f"dropout rate above {trainer.args.dropout_rate_threshold}",
-        task=data_args.task_name,
-        seed=trainer.args.seed,
-        environment=environment(trainer.args.device),
+        base_model=model_name(data_args.model_name_or_path),
+        task=job.task.name,
+        target=f"dropout rate above {args.dropout_rate_threshold}",
+        command=job.command,
+        dense=report_model(start, trainer.milestone_score("dense"), precision=(*autocast, "fp32")[0]),
+        pruned=report_model(pruned, result["score"]),
+        score_after_cut=trainer.milestone_score("cut"),
+        evaluation=report_score(result, **settings),
+        speedup=report_speed(start, pruned, length=data_args.max_length),
+        seeds={"training": args.seed, "data order": args.seed if args.data_seed is None else args.data_seed},
+        train_seconds=train_seconds,
+        device=device_name(args.device),
+        versions=versions(),
     )
 
 
-def save(trainer: VDTrainer, report: RunReport, data_args: DataArguments) -> None:
+def model_name(model_name_or_path: str) -> str:
+    """Name a model without saying where on this machine it lies.
+
+    Args:
+        model_name_or_path: Folder, or name on the Hub.
+
+    Returns:
+        Name of the folder, or on the Hub.
+    """
+    path = Path(model_name_or_path)
+    return path.absolute().name if path.exists() else model_name_or_path
+
+
+def save(trainer: GlueTrainer, report: RunReport, folder: Path) -> None:
     """Write model, tokenizer, report and card.
 
     Args:
         trainer: A trainer that has pruned.
         report: What came out.
-        data_args: Which model, on which data.
+        folder: Where to.
     """
-    output_dir = Path(str(trainer.args.output_dir))
-    write_json(output_dir / "report.json", report.to_dict())
+    write_json(folder / "report.json", report.to_dict())
     card = render_model_card(
         report,
-        base_model=Path(data_args.model_name_or_path).name,
         architecture=type(trainer.model).__name__,
-        repo_id=output_dir.name,
+        repo_id=folder.name,
+        is_cut=getattr(trainer.model.config, "vdneuron", None) is not None,
     )
-    card.save(output_dir / "README.md")
-    cast(PreTrainedTokenizerBase, trainer.processing_class).save_pretrained(output_dir)
-    trainer.model.save_pretrained(output_dir)
+    card.save(folder / "README.md")
+    save_model(trainer, folder)
 
 
 def print_report(report: RunReport) -> None:
@@ -152,6 +329,7 @@ def print_report(report: RunReport) -> None:
         ["score", _score(dense.score), _score(pruned.score)],
         ["right after the cut", "", _score(report.score_after_cut)],
         ["parameters", f"{dense.parameters:,}", f"{pruned.parameters:,}"],
+        ["megabytes", f"{1e-6 * dense.bytes:.1f}", f"{1e-6 * pruned.bytes:.1f}"],
         ["heads", str(sum(dense.heads_per_layer)), str(sum(pruned.heads_per_layer))],
         ["neurons", str(sum(dense.neurons_per_layer)), str(sum(pruned.neurons_per_layer))],
         ["ms per forward", f"{1e3 * speed.dense_seconds:.1f}", f"{1e3 * speed.pruned_seconds:.1f}"],
@@ -172,13 +350,17 @@ def main(argv: list[str]) -> None:
         argv: Arguments without the program's name.
     """
     data_args, args, vd_config = parse_args((DataArguments, VDTrainingArguments, VDConfig), argv, description=__doc__)
-    check_writable_output_dir(args.output_dir)
+    check_arguments(args)
     args.dataloader_pin_memory &= args.device.type != "cpu"  # torch warns that it has nothing to pin for
-    trainer = build_trainer(data_args, args, vd_config)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.prune()
-    report = report_run(trainer, data_args)
-    save(trainer, report, data_args)
+    with output_folder(args.output_dir) as folder:
+        task = glue_task(data_args.task_name, data_args.dataset_dir)
+        command = shareable_command("scripts/sparsify.py", argv)
+        job = Job(data_args, task, read_rows(task, data_args, args), command)
+        trainer = build_trainer(job, args, vd_config)
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.prune()
+        report = report_run(trainer, job, result.metrics["train_runtime"])
+        save(trainer, report, folder)
     print_report(report)
 
 

@@ -1,4 +1,4 @@
-"""Small GLUE tasks as files, a tokenizer for their words, and classifiers that read them."""
+"""Small GLUE tasks, in memory and as files, a tokenizer for their words, and classifiers that read them."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -8,13 +8,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
+from datasets import Dataset
 from pruned_models import CONFIGS
-from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from hf_vdneuron.glue import GlueTask
+from hf_vdneuron.evaluation import evaluate_glue
+from hf_vdneuron.glue import GLUE_TASKS, GlueTask
 
 
+TASKS = [pytest.param(task, id=name) for name, task in GLUE_TASKS.items()]
+MAX_LENGTH, BATCH_SIZE = 8, 4
 NUM_ROWS = 6
 SEED = 4  # of classifiers that give different labels to the rows of every task
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -38,6 +49,11 @@ def columns_for(task: GlueTask, num_rows: int = NUM_ROWS) -> dict[str, list[Any]
     return {**texts, "label": labels_for(task, num_rows), "idx": list(range(num_rows))}
 
 
+def rows_of(task: GlueTask) -> dict[str, Dataset]:
+    """Rows of each validation split; splits have different sizes."""
+    return {split: Dataset.from_dict(columns_for(task, 6 + 3 * i)) for i, split in enumerate(task.validation_splits)}
+
+
 def write_task(folder: Path, task: GlueTask, **changes: Any) -> Path:
     """Write the validation splits of a task; `changes` replace columns, None drops one."""
     columns = {name: value for name, value in {**columns_for(task), **changes}.items() if value is not None}
@@ -50,6 +66,10 @@ def write_task(folder: Path, task: GlueTask, **changes: Any) -> Path:
 def tiny_tokenizer() -> BertTokenizer:
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
     return BertTokenizer(vocab=vocabulary, model_max_length=16)
+
+
+def config_with(names: Sequence[str]) -> PreTrainedConfig:
+    return BertConfig(id2label=dict(enumerate(names)), num_labels=len(names))
 
 
 @torch.no_grad()
@@ -65,3 +85,7 @@ def tiny_classifier(num_labels: int, family: str = "bert", label_names: Sequence
         if parameter.ndim == 2:
             parameter.normal_(generator=random)
     return model
+
+
+def evaluate(model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset]) -> dict[str, Any]:
+    return evaluate_glue(model, tiny_tokenizer(), task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from hf_vdneuron.cli import (
-    check_writable_output_dir,
+    check_counts,
     choose_device,
     one_line_errors,
+    output_folder,
     parse_args,
     print_table,
+    shareable_command,
     write_json,
 )
 
@@ -99,17 +101,67 @@ def test_debugging_keeps_every_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
         fail_with(ValueError("bad"))
 
 
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_are_at_least_one(value: int) -> None:
+    check_counts(Job("a", steps=1), "steps")
+    check_counts(Place(), "room")
+    job = Job("a")
+    job.steps = value
+    with pytest.raises(ValueError, match=f"`steps` is {value}, expected at least 1"):
+        check_counts(job, "steps")
+
+
 def test_checking_an_output_folder_leaves_no_trace(tmp_path: Path) -> None:
-    check_writable_output_dir(tmp_path)
-    check_writable_output_dir(tmp_path / "new" / "deep")
+    for path in (tmp_path, tmp_path / "new" / "deep"):
+        with output_folder(path) as folder:
+            assert folder == path
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "file/far/below"])
 def test_an_unwritable_output_folder_is_refused(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=rf"`output_dir` '.*{where}' is not writable: choose another folder"):
-        check_writable_output_dir(tmp_path / where)
+    with (
+        pytest.raises(OSError, match=rf"`output_dir` '.*{where}' is not writable: choose another folder"),
+        output_folder(tmp_path / where),
+    ):
+        pytest.fail("entered")
+
+
+def test_an_output_folder_has_a_name() -> None:
+    with pytest.raises(OSError, match=r"`output_dir` '' is not writable.*it is empty"), output_folder(""):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("holds_a_file", [False, True], ids=["empty", "with a file"])
+def test_work_that_fails_leaves_no_empty_folder(
+    holds_a_file: bool, error: type[BaseException], tmp_path: Path
+) -> None:
+    (tmp_path / "old").mkdir()
+    with pytest.raises(error), output_folder(tmp_path / "old" / "new" / "deep") as folder:  # noqa: PT012
+        folder.mkdir(parents=True)
+        if holds_a_file:
+            (folder / "log").touch()
+        raise error
+    assert folder.exists() == holds_a_file
+    assert (tmp_path / "old" / "new").exists() == holds_a_file
+    assert (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        pytest.param([], "", id="nothing"),
+        pytest.param(["--out", "/home/me/out", "--in=/data/x/"], " --out out --in=x", id="folders"),
+        pytest.param(["--model", "org/name", "--dir=rel/path"], " --model org/name --dir=rel/path", id="names"),
+        pytest.param(["--hub_token", "s3", "--hub-token=s3"], " --hub_token ... --hub-token=...", id="secrets"),
+        pytest.param(["--flag", "--x", "-1", "--root", "/"], " --flag --x -1 --root /", id="values"),
+        pytest.param(["--include", "*.0.*", "--empty", ""], " --include '*.0.*' --empty ''", id="quotes"),
+    ],
+)
+def test_a_command_says_nothing_about_the_machine(argv: list[str], shown: str) -> None:
+    assert shareable_command("scripts/x.py", argv) == f"python scripts/x.py{shown}"
 
 
 def test_devices_are_chosen_by_name() -> None:

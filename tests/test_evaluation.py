@@ -1,54 +1,34 @@
-"""Classifiers on GLUE: labels are matched by name, and scores are those of a Trainer and of a slow loop."""
+"""Classifiers on GLUE: rows are encoded as one by one, and scores are those of a Trainer and of a slow loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
-from pruned_models import CONFIGS, cut_
+from glue_samples import (
+    BATCH_SIZE,
+    MAX_LENGTH,
+    TASKS,
+    columns_for,
+    config_with,
+    evaluate,
+    rows_of,
+    tiny_classifier,
+    tiny_tokenizer,
+)
 from transformers import (
-    AutoModel,
     BertConfig,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 
-from hf_vdneuron.evaluation import (
-    class_order,
-    encode,
-    evaluate_glue,
-    fitting_tasks,
-    load_classifier,
-    make_compute_metrics,
-    read_classifier_config,
-)
+from hf_vdneuron.evaluation import encode, make_compute_metrics
 from hf_vdneuron.glue import GLUE_TASKS, GlueMetric, GlueTask
-from hf_vdneuron.structure import as_pruned_model_
-
-
-TASKS = [pytest.param(task, id=name) for name, task in GLUE_TASKS.items()]
-MAX_LENGTH, BATCH_SIZE = 8, 4
-
-
-def rows_of(task: GlueTask) -> dict[str, Dataset]:
-    """Rows of each validation split; splits have different sizes."""
-    return {split: Dataset.from_dict(columns_for(task, 6 + 3 * i)) for i, split in enumerate(task.validation_splits)}
-
-
-def config_with(names: Sequence[str]) -> PreTrainedConfig:
-    return BertConfig(id2label=dict(enumerate(names)), num_labels=len(names))
-
-
-def evaluate(model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset]) -> dict[str, Any]:
-    return evaluate_glue(model, tiny_tokenizer(), task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
 
 
 @torch.no_grad()
@@ -60,39 +40,6 @@ def slow_predictions(model: PreTrainedModel, task: GlueTask, rows: Dataset) -> l
         logits = model(**tokenizer(*texts, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")).logits[0]
         predictions.append(logits[0].item() if task.is_regression else logits.argmax().item())
     return predictions
-
-
-@pytest.mark.parametrize(
-    ("task", "names", "expected"),
-    [
-        pytest.param("sst2", ["LABEL_0", "LABEL_1"], (0, 1), id="unnamed"),
-        pytest.param("sst2", ["negative", "positive"], (0, 1), id="same"),
-        pytest.param("sst2", ["POSITIVE", "NEGATIVE"], (1, 0), id="swapped"),
-        pytest.param("sst2", ["good", "bad"], (0, 1), id="others"),
-        pytest.param("mrpc", ["Equivalent", "Not equivalent"], (1, 0), id="spelled with a space"),
-        pytest.param("mnli", ["neutral", "contradiction", "entailment"], (2, 0, 1), id="rotated"),
-        pytest.param("stsb", ["LABEL_0"], (0,), id="regression"),
-    ],
-)
-def test_labels_are_matched_by_name(task: str, names: list[str], expected: tuple[int, ...]) -> None:
-    assert class_order(config_with(names), GLUE_TASKS[task]) == expected
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_another_number_of_labels_is_refused(task: GlueTask) -> None:
-    config = config_with([f"LABEL_{index}" for index in range(4)])
-    message = rf"{task.name} needs a model with {task.num_labels} .*got one with 4"
-    with pytest.raises(ValueError, match=message):
-        class_order(config, task)
-    with pytest.raises(ValueError, match=message):
-        fitting_tasks(config, [task])
-
-
-def test_fitting_tasks_are_those_with_as_many_labels() -> None:
-    tasks = list(GLUE_TASKS.values())
-    assert fitting_tasks(config_with("abc"), tasks) == [GLUE_TASKS["mnli"]]
-    assert fitting_tasks(config_with("a"), tasks) == [GLUE_TASKS["stsb"]]
-    assert len(fitting_tasks(config_with("ab"), tasks)) == 7
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -168,7 +115,8 @@ def test_scores_equal_a_slow_loop(task: GlueTask) -> None:
 
 @pytest.mark.parametrize("task", [GLUE_TASKS["stsb"], GLUE_TASKS["qnli"]], ids=["stsb", "qnli"])
 def test_scores_equal_the_trainers_to_the_last_digit(task: GlueTask, tmp_path: Path) -> None:
-    model, rows = tiny_classifier(task.num_labels), rows_of(task)
+    # Labels of 24 rows are no whole numbers, and fp32 is not exact for them.
+    model, rows = tiny_classifier(task.num_labels), {"validation": Dataset.from_dict(columns_for(task, 24))}
     args = TrainingArguments(
         tmp_path, per_device_eval_batch_size=BATCH_SIZE, report_to=[], use_cpu=True, disable_tqdm=True
     )
@@ -194,64 +142,3 @@ def test_a_model_with_swapped_names_scores_the_same() -> None:
     assert evaluate(model, task, rows) != expected
     model.config.id2label = dict(enumerate(task.label_names[::-1]))
     assert evaluate(model, task, rows) == expected
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
-def test_a_saved_classifier_scores_the_same(family: str, pruned: bool, tmp_path: Path) -> None:
-    task, model = GLUE_TASKS["sst2"], tiny_classifier(2, family)
-    if pruned:
-        model = as_pruned_model_(cut_(model))
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    assert read_classifier_config(str(tmp_path)).num_labels == 2
-    loaded, tokenizer = load_classifier(str(tmp_path))
-    rows = rows_of(task)
-    result = evaluate_glue(loaded, tokenizer, task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
-    assert result == evaluate(model, task, rows)
-
-
-def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
-    AutoModel.from_config(CONFIGS["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"holds \['BertModel'\], expected a class ending in ForSequenceClass.*: fine"
-    ):
-        read_classifier_config(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["no/such-model", "not there at all"])
-def test_a_model_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"cannot load `model_name_or_path` '{name}': give a folder"):
-        read_classifier_config(name)
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_blank_tokenizer_is_refused(family: str, tmp_path: Path) -> None:
-    tiny_classifier(2, family).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"cannot load the tokenizer of `model_name_or_path` '{tmp_path}': save it"):
-        load_classifier(str(tmp_path))
-
-
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
-    tiny_classifier(2).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot load the tokenizer of"):
-        load_classifier(str(tmp_path))
-
-
-@pytest.mark.parametrize("trust_remote_code", [False, True], ids=["package", "remote code"])
-@pytest.mark.parametrize("damage", ["short file", "other sizes"])
-def test_damaged_weights_are_refused(damage: str, trust_remote_code: bool, tmp_path: Path) -> None:
-    tiny_classifier(2).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    if damage == "short file":
-        weights = tmp_path / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:100])
-    else:
-        config = tiny_classifier(2).config
-        config.intermediate_size += 1
-        config.architectures = ["BertForSequenceClassification"]
-        config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"annot load .*{tmp_path}"):
-        load_classifier(str(tmp_path), trust_remote_code=trust_remote_code)

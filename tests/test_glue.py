@@ -138,6 +138,13 @@ def test_a_task_of_ones_own_must_name_its_classes(tmp_path: Path) -> None:
         glue_task("mine", tmp_path)
 
 
+def test_a_damaged_task_of_ones_own_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "validation.parquet").write_bytes(b"PAR1xxxx")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/mine/validation.parquet is not a readable parquet file"):
+        glue_task("mine", tmp_path)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_metrics_equal_slow_loops(task: GlueTask) -> None:
     rng = np.random.default_rng(0)
@@ -278,3 +285,8 @@ def test_the_development_split_partitions_the_training_set(num_rows: int, num_de
     assert len(dev) == num_dev
     assert sorted(train["idx"][:] + dev["idx"][:]) == list(range(num_rows))
     assert dev["idx"][:] == split_off_dev(rows, seed=0)[1]["idx"][:]
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="training set has 1 rows, expected at least 2"):
+        split_off_dev(Dataset.from_dict({"idx": [0]}), seed=0)

@@ -45,6 +45,8 @@ DOWNHILL = [
     "phases",
     "trainer",
     "glue",
+    "labels",
+    "loading",
     "evaluation",
     "cli",
     "latency",

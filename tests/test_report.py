@@ -1,106 +1,98 @@
-"""Reports and cards of pruned models, and their timing."""
+"""Reports of runs: what is left of a model, how it was scored, how fast it is."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from models import HEADS, LAYERS, NEURONS, tiny_model
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_vdneuron.latency import measure_latency, text_inputs
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.model_card import render_model_card
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.report import RunReport, dense_twin, environment, report_model, report_speed
+from hf_vdneuron.report import (
+    RunReport,
+    dense_twin,
+    device_name,
+    environment,
+    report_model,
+    report_score,
+    report_speed,
+    versions,
+)
+
+
+RESULT = {"score": 0.875, "accuracy": 0.9, "f1": 0.85, "num_examples": 40, "split": "validation"}
 
 
 @pytest.fixture
-def pruned() -> nn.Module:
-    model = tiny_model("bert", "sequence_classification")
+def dense() -> PreTrainedModel:
+    return tiny_model("bert", "sequence_classification", dtype=torch.float32)
+
+
+@pytest.fixture
+def pruned() -> PreTrainedModel:
     keep = {
         "bert.encoder.layer.0.attention": torch.zeros(2, HEADS, dtype=torch.bool),
         "bert.encoder.layer.1.feed_forward": (torch.arange(NEURONS) < 5).expand(2, -1).clone(),
     }
-    return prune_model_(model, RelevanceMask(keep))
+    return prune_model_(tiny_model("bert", "sequence_classification", dtype=torch.float32), RelevanceMask(keep))
 
 
-@pytest.fixture
-def report(pruned: nn.Module) -> RunReport:
-    return RunReport(
-        dense=report_model(dense_twin(pruned), 0.9),
-        pruned=report_model(pruned, 0.875),
-        score_after_cut=None,
-        speedup=report_speed(pruned, length=4),
+def num_bytes(model: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_model_is_counted(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    reports = {"dense": report_model(dense, 0.9, precision="bf16"), "pruned": report_model(pruned, None)}
+    assert reports["dense"].heads_per_layer == [HEADS] * LAYERS
+    assert reports["pruned"].heads_per_layer == [0, HEADS, HEADS]
+    assert reports["pruned"].neurons_per_layer == [NEURONS, 5, NEURONS]
+    for model, report in zip((dense, pruned), reports.values(), strict=True):
+        assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert report.bytes == num_bytes(model)
+    assert [(report.score, report.precision) for report in reports.values()] == [(0.9, "bf16"), (None, "fp32")]
+
+
+def test_a_dense_twin_has_the_sizes_of_the_config(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (dense, dense_twin(pruned))]
+    assert shapes[0] == shapes[1]
+    assert pruned.config.vdneuron is not None
+
+
+def test_a_score_comes_with_its_settings() -> None:
+    report = report_score(RESULT, max_length=16, batch_size=4)
+    assert report.metrics == {"accuracy": 0.9, "f1": 0.85}
+    assert (report.split, report.num_examples, report.max_length, report.batch_size) == ("validation", 40, 16, 4)
+
+
+def test_speed_is_dense_over_pruned(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    speed = report_speed(dense, pruned, length=4)
+    assert speed.predicted > 1
+    assert speed.measured == speed.dense_seconds / speed.pruned_seconds
+    assert (speed.batch_size, speed.length) == (1, 4)
+
+
+def test_a_run_is_json(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    report = RunReport(
+        base_model="tiny",
+        task="mrpc",
         target="dropout rate above 0.99",
-        task="sst2",
-        seed=3,
-        environment=environment(torch.device("cpu")),
+        command="python scripts/sparsify.py",
+        dense=report_model(dense, 0.9),
+        pruned=report_model(pruned, RESULT["score"]),
+        score_after_cut=None,
+        evaluation=report_score(RESULT, max_length=16, batch_size=4),
+        speedup=report_speed(dense, pruned, length=4),
+        seeds={"training": 3},
+        train_seconds=1.5,
+        device=device_name(torch.device("cpu")),
+        versions=versions(),
     )
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert report.to_dict()["pruned"]["heads_per_layer"] == [0, HEADS, HEADS]
 
 
-def test_report_counts_what_is_left(pruned: nn.Module, report: RunReport) -> None:
-    assert report.dense.heads_per_layer == [HEADS] * LAYERS
-    assert report.pruned.heads_per_layer == [0, HEADS, HEADS]
-    assert report.pruned.neurons_per_layer == [NEURONS, 5, NEURONS]
-    assert report.pruned.parameters == sum(parameter.numel() for parameter in pruned.parameters())
-    assert report.dense.parameters == sum(
-        p.numel() for p in tiny_model("bert", "sequence_classification").parameters()
-    )
-    assert report.speedup.predicted > 1
-    assert report.speedup.measured == report.speedup.dense_seconds / report.speedup.pruned_seconds
-
-
-def test_report_is_json(report: RunReport) -> None:
-    read = json.loads(json.dumps(report.to_dict()))
-    assert read["dense"]["score"] == 0.9
-    assert read["pruned"]["heads_per_layer"] == [0, HEADS, HEADS]
-    assert read["score_after_cut"] is None
-    assert {"device", "python", "torch", "transformers"} <= read["environment"].keys()
-
-
-def test_card_says_how_to_load_and_what_it_cost(report: RunReport) -> None:
-    card = render_model_card(report, base_model="tiny", architecture="BertForSequenceClassification", repo_id="me/x")
-    text = str(card)
-    for line in (
-        'model = hf_vdneuron.from_pretrained("me/x")',
-        'model = AutoModelForSequenceClassification.from_pretrained("me/x", trust_remote_code=True)',
-        "Do **not** pass `ignore_mismatched_sizes=True`",
-        "| score on sst2 | 90.00 | 87.50 |",
-        "| score right after the cut, before recovery | | not measured |",
-        "| heads per layer | 4, 4, 4 | 0, 4, 4 |",
-        "seed\n3",
-    ):
-        assert line in text
-    assert "{{" not in text
-    assert ModelCard(text).data.tags == ["hf_vdneuron", "pruned", "variational-dropout"]
-
-
-def test_card_shows_a_score_of_zero(report: RunReport) -> None:
-    card = render_model_card(
-        replace(report, score_after_cut=0.0), base_model="tiny", architecture="BertModel", repo_id="me/x"
-    )
-    assert "before recovery | | 0.00 |" in str(card)
-
-
-class Sleeper(nn.Module):
-    """Takes its time, and counts its turns in a list it shares with others."""
-
-    def __init__(self, name: str, turns: list[str]) -> None:
-        super().__init__()
-        self.name, self.turns = name, turns
-
-    def forward(self, **inputs: Tensor) -> None:
-        assert not self.training
-        self.turns.append(self.name)
-        for _ in range(200 if self.name == "slow" else 1):
-            inputs["input_ids"].sum()
-
-
-def test_models_take_turns() -> None:
-    turns: list[str] = []
-    models = {name: Sleeper(name, turns) for name in ("slow", "fast")}
-    seconds = measure_latency(models, text_inputs(batch_size=2, length=3), rounds=5)
-    assert turns == ["slow", "fast"] * 7
-    assert seconds["slow"] > seconds["fast"] > 0
+def test_the_environment_names_device_and_versions() -> None:
+    named = environment(torch.device("cpu"))
+    assert named["device"].startswith("cpu (")
+    assert {"python", "torch", "transformers", "hf-vdneuron"} <= named.keys()

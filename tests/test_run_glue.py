@@ -44,6 +44,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
     models["2"].save_pretrained(root / "no_tokenizer")
+    models["2"].save_pretrained(root / "damaged")
+    tiny_tokenizer().save_pretrained(root / "damaged")
+    weights = root / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
     return root
 
 
@@ -96,6 +100,13 @@ def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: py
         pytest.param({"model_name_or_path": "no/such"}, "cannot load `model_name_or_path` 'no/such'", id="no model"),
         pytest.param({"model_name_or_path": "{root}/base"}, "fine-tune it on the task first", id="no classifier"),
         pytest.param({"model_name_or_path": "{root}/no_tokenizer"}, "cannot load the tokenizer", id="no tokenizer"),
+        pytest.param({"model_name_or_path": "{root}/damaged"}, "cannot load `model_name_or_path`", id="damaged"),
+        pytest.param(
+            {"model_name_or_path": "{root}/damaged", "trust_remote_code": True},
+            "cannot load `model_name_or_path`",
+            id="damaged, remote code",
+        ),
+        pytest.param({"max_length": 17}, "`max_length` is 17, but the model reads at most 16", id="too long"),
         pytest.param({"model_name_or_path": "{root}/3"}, "sst2 needs a model with 2", id="number of labels"),
         pytest.param({"dataset_dir": "{root}/1"}, "sst2/validation.parquet does not exist", id="no data"),
         pytest.param({"dataset_dir": "{root}/1", "task_name": "all"}, "expected folders named as", id="no tasks"),
@@ -108,14 +119,14 @@ def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: py
     ],
 )
 def test_a_mistake_is_one_line_and_no_file(
-    changes: dict[str, Any], message: str, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], message: str, samples: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = {
         name: value.format(root=samples) if isinstance(value, str) else value for name, value in changes.items()
     }
     with pytest.raises(SystemExit) as end:
         run_glue.main(flags(samples, **{"output_dir": tmp_path / "out", **changes}))
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     (line,) = captured.err.splitlines()
     assert end.value.code == 2
     assert message in line

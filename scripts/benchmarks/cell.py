@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
-from hf_vdneuron.evaluation import encode, evaluate_glue, load_model, load_tokenizer
+from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
+from hf_vdneuron.loading import load_model, load_tokenizer
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase
 from hf_vdneuron.trainer import VDTrainer

@@ -1,0 +1,162 @@
+"""Cards say, before all else, how to load the model; then what was removed, what that cost and how to repeat it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from models import HEADS, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.model_card import LOAD_ERROR, render_model_card
+from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.report import ModelReport, RunReport, ScoreReport, SpeedReport
+
+
+REPORT = RunReport(
+    base_model="org/tiny",
+    task="mrpc",
+    target="dropout rate above 0.99",
+    command="python scripts/sparsify.py --task_name mrpc",
+    dense=ModelReport(0.9, "bf16 autocast", 5044, 20176, [4, 4, 4], [6, 6, 6]),
+    pruned=ModelReport(0.875, "fp32", 3242, 12968, [0, 4, 4], [6, 5, 6]),
+    score_after_cut=None,
+    evaluation=ScoreReport({"accuracy": 0.9, "f1": 0.85}, "validation", 408, 128, 8),
+    speedup=SpeedReport(1.84, 1.5, 0.003, 0.002, 1, 128),
+    seeds={"training": 3, "data order": 4},
+    train_seconds=61.7,
+    device="cpu (x86_64)",
+    versions={"python": "3.11.7", "torch": "2.13.0"},
+)
+
+TOP = r"""---
+base_model: org/tiny
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+(?:- .+\n)+model-index:
+- name: me/x
+  results:
+(?:.+\n)+---
+
+# org/tiny, sparsified on mrpc
+
+"""
+
+CUT = r"""\*\*How to load it\.\*\* Some layers are smaller than the config says, so a plain
+`BertForSequenceClassification\.from_pretrained` stops with
+
+```text
+RuntimeError: .+
+```
+
+Do \*\*not\*\* set `ignore_mismatched_sizes=True`: .+
+.+
+
+```python
+import hf_vdneuron
+
+model = hf_vdneuron\.from_pretrained\("me/x"\)
+```
+
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification\.from_pretrained\("me/x", trust_remote_code=True\)
+```
+"""
+
+WHOLE = r"""\*\*How to load it\.\*\* Nothing was removed in the end, so this is an ordinary
+`BertForSequenceClassification`:
+
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification\.from_pretrained\("me/x"\)
+```
+"""
+
+REST = r"""
+## What was removed
+
+\| \| dense \| this model \|
+\|---\|---\|---\|
+\| score on mrpc \| 90\.00 \| 87\.50 \|
+\| score right after the cut, before recovery \| \| not measured \|
+\| parameters \| 5,044 \| 3,242 \|
+\| bytes \| 20,176 \| 12,968 \|
+\| heads per layer \| 4, 4, 4 \| 0, 4, 4 \|
+\| neurons per layer \| 6, 6, 6 \| 6, 5, 6 \|
+
+Speed-up of the body in multiply-accumulates: \*\*1\.84x\*\*\. Measured on
+cpu \(x86_64\) in fp32, batch 1, 128 tokens:
+\*\*1\.50x\*\* for the whole model\.
+
+Scores are the mean of the task's metrics on validation \(408
+examples\)\. The dense model and the one right after the cut were scored in bf16 autocast, this one in
+fp32, loaded from its files, in batches of 8 cut to
+128 tokens\.
+
+## How it was made
+
+.+ \(target: dropout rate above 0\.99\):
+.+ This command repeats it:
+
+```bash
+python scripts/sparsify\.py --task_name mrpc
+```
+
+- Base model: org/tiny
+- Task: mrpc
+- Seeds: training 3, data order 4
+- Training: 62 s on cpu \(x86_64\)
+- Versions: python 3\.11\.7, torch 2\.13\.0
+
+## Limits
+
+.+
+"""
+
+
+def render(report: RunReport = REPORT, *, is_cut: bool = True) -> str:
+    card = render_model_card(report, architecture="BertForSequenceClassification", repo_id="me/x", is_cut=is_cut)
+    return str(card) + "\n"
+
+
+@pytest.mark.parametrize(("is_cut", "opening"), [(True, CUT), (False, WHOLE)], ids=["cut", "whole"])
+def test_card_follows_its_pattern(is_cut: bool, opening: str) -> None:
+    assert re.fullmatch(TOP + opening + REST, render(is_cut=is_cut))
+
+
+def test_card_quotes_what_a_plain_load_says(tmp_path: Path) -> None:
+    keep = RelevanceMask({"bert.encoder.layer.0.attention": torch.zeros(2, HEADS, dtype=torch.bool)})
+    prune_model_(tiny_model("bert", "sequence_classification"), keep).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError) as error:
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert f"RuntimeError: {error.value}" == LOAD_ERROR
+    assert LOAD_ERROR in render()
+
+
+def test_metadata_can_be_indexed() -> None:
+    data = ModelCard(render()).data
+    assert "pruned" in data.tags
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [
+        ("accuracy", 0.9),
+        ("f1", 0.85),
+    ]
+    assert {result.dataset_type for result in data.eval_results} == {"nyu-mll/glue"}
+    assert {result.dataset_config for result in data.eval_results} == {"mrpc"}
+    assert "pruned" not in ModelCard(render(is_cut=False)).data.tags
+
+
+def test_a_local_model_and_an_own_task_are_no_repositories() -> None:
+    data = ModelCard(render(replace(REPORT, base_model="tiny", task="moods"))).data
+    assert data.base_model is None
+    assert {(result.dataset_type, result.dataset_config) for result in data.eval_results} == {("moods", None)}
+
+
+def test_card_shows_a_score_of_zero() -> None:
+    assert "before recovery | | 0.00 |" in render(replace(REPORT, score_after_cut=0.0))
