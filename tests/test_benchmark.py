@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.glue import GLUE_TASKS
+from hf_vdneuron.sublayers import Unit
 
 
 Finished = tuple[Path, list[dict[str, Any]]]
@@ -78,7 +79,8 @@ def test_baselines_keep_as_many_units(finished: Finished) -> None:
     _, rows = finished
     by_method = {row["method"]: row for row in rows}
     for name in SCORERS:
-        assert by_method[name]["units"] == by_method["vd"]["units"]
+        assert by_method[name]["heads"] == by_method["vd"]["heads"]
+        assert by_method[name]["neurons"] == by_method["vd"]["neurons"]
         assert by_method[name]["parameters"] == by_method["vd"]["parameters"]
 
 
@@ -123,15 +125,24 @@ def test_magnitude_keeps_the_largest() -> None:
         sum(x**2 for x in model[0].weight[unit]) + sum(x**2 for x in model[2].weight[:, unit]) for unit in range(4)
     ])
     torch.testing.assert_close(SCORERS["magnitude"](model, sublayer, torch.Generator()), expected)
-    mask = keep_best(model, SCORERS["magnitude"], {sublayer.path: 2}, seed=0)
+    mask = keep_best(model, SCORERS["magnitude"], {Unit.NEURON: 2}, seed=0)
     assert set(mask.kept_units(sublayer).tolist()) == set(expected.topk(2).indices.tolist())
+
+
+@torch.no_grad()
+def test_units_compete_across_layers() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[4].weight.mul_(100)
+    sublayers = find_sublayers(model)
+    mask = keep_best(model, SCORERS["magnitude"], {Unit.NEURON: 4}, seed=0)
+    assert [len(mask.kept_units(sublayer)) for sublayer in sublayers] == [0, 4]
 
 
 def test_random_follows_its_seed() -> None:
     model = nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 2))
     (sublayer,) = find_sublayers(model)
     kept = [
-        keep_best(model, SCORERS["random"], {sublayer.path: 10}, seed=seed).kept_units(sublayer).tolist()
+        keep_best(model, SCORERS["random"], {Unit.NEURON: 10}, seed=seed).kept_units(sublayer).tolist()
         for seed in (0, 0, 1)
     ]
     assert kept[0] == kept[1] != kept[2]
