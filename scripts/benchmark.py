@@ -5,7 +5,7 @@
 
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
 on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. `vd` decides by the
-dropout-rate rule how many units each sub-layer keeps; the baselines keep as many of their own choice.
+dropout-rate rule how many heads and neurons stay; the baselines keep as many of their own choice.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there.
@@ -28,11 +28,11 @@ from benchmarks.measurements import DOORS, commit, latencies, score_in_new_proce
 from benchmarks.results import Results, Row, latency_table, score_table
 from transformers import PreTrainedModel, set_seed
 
-from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.budget import body_cost
+from hf_vdneuron.budget import body_cost, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
+from hf_vdneuron.sublayers import Unit
 
 
 OURS = "vd"
@@ -120,7 +120,8 @@ def shrink(cell: Cell, method: str, results: Results) -> tuple[PreTrainedModel, 
     ours = results.find(cell.task.name, cell.seed, OURS)
     if ours is None:
         raise ValueError(f"`{method}` keeps as many units as `{OURS}`: run `{OURS}` on {cell.task.name} first")
-    mask = keep_best(model, SCORERS[method], ours["units"], seed=cell.seed)
+    counts = {unit: ours[f"{unit}s"] for unit in Unit}
+    mask = keep_best(model, SCORERS[method], counts, seed=cell.seed)
     prune_model_(model, mask)
     return model, cell.settings.budget
 
@@ -146,6 +147,7 @@ def run(cell: Cell, method: str, results: Results) -> Row:
     folder = cell.save(model, method)
     # What counts is what was saved.
     model = cell.load(method)
+    left = units_left(model)
     return {
         "task": cell.task.name,
         "seed": cell.seed,
@@ -155,7 +157,8 @@ def run(cell: Cell, method: str, results: Results) -> Row:
         "score_through": {door: score_in_new_process(folder, cell, flags) for door, flags in DOORS.items()},
         "parameters": model.num_parameters(),
         "body_weights": body_cost(model, length=1).weights,
-        "units": {sublayer.path: sublayer.num_units for sublayer in find_sublayers(model)},
+        **{f"{unit}s": sum(left[unit]) for unit in Unit},
+        **{f"{unit}s_per_layer": left[unit] for unit in Unit},
         "latency": latencies(model),
         "seconds": round(seconds, 1),
         "environment": {**environment(cell.device), "threads": str(torch.get_num_threads())},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to choose what to keep, for `benchmark.py`: each gets counts per sub-layer and returns a mask.
+"""Other ways to choose what to keep, for `benchmark.py`: each gets a number of heads and neurons and returns a mask.
 
 They know the model as the method does, as coupled slices, so that only the choice differs.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Sublayer
+from hf_vdneuron.sublayers import Sublayer, Unit
 
 
 __all__ = ["SCORERS", "keep_best"]
@@ -61,22 +61,29 @@ def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
 SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "random": at_random}
 
 
-def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[str, int], *, seed: int) -> RelevanceMask:
-    """Keep the best units of each sub-layer, and end the others on both sides, so that no constant is left of them.
+def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[Unit, int], *, seed: int) -> RelevanceMask:
+    """Keep the best heads and the best neurons of a whole model, and end the others on both sides.
+
+    Where in the model they lie is the scorer's choice too: told the counts of each layer, magnitude would be no better
+    than chance. Ended on both sides, a unit leaves no constant behind.
 
     Args:
         model: A dense model.
         scorer: How units are scored.
-        counts: Path of each sub-layer -> number of units to keep.
+        counts: Number of units of each kind to keep.
         seed: Seed of whatever the scorer leaves to chance.
 
     Returns:
         The mask.
     """
     generator = torch.Generator().manual_seed(seed)
-    keep = {}
-    for sublayer in find_sublayers(model):
-        best = scorer(model, sublayer, generator).topk(counts[sublayer.path]).indices
-        kept = torch.zeros(sublayer.num_units, dtype=torch.bool).index_fill_(0, best, True)
-        keep[sublayer.path] = kept.expand(len(sublayer.sides), -1)
-    return RelevanceMask(keep)
+    sublayers = find_sublayers(model)
+    scores = {sublayer.path: scorer(model, sublayer, generator) for sublayer in sublayers}
+    keep: dict[str, Tensor] = {}
+    for unit, count in counts.items():
+        paths = [sublayer.path for sublayer in sublayers if sublayer.unit is unit]
+        everywhere = torch.cat([scores[path] for path in paths])
+        kept = torch.zeros_like(everywhere, dtype=torch.bool).index_fill_(0, everywhere.topk(count).indices, True)
+        keep |= dict(zip(paths, kept.split([len(scores[path]) for path in paths]), strict=True))
+    num_sides = {sublayer.path: len(sublayer.sides) for sublayer in sublayers}
+    return RelevanceMask({path: kept.expand(num_sides[path], -1) for path, kept in keep.items()})
