@@ -2,11 +2,10 @@
 """What to patch and how: the posterior, the prior, and what shares it."""
 
 import json
-import math
-from collections.abc import Iterable
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_vdneuron.sublayers import Unit
 
@@ -18,6 +17,8 @@ VERSION = 1
 
 #: Where a pretrained transformer starts: at -10 the noise costs MiniLM 0.007 nats (method: fact 5).
 INITIAL_LOG_VAR = -10.0
+
+_Member = TypeVar("_Member", bound=StrEnum)
 
 
 class PriorType(StrEnum):
@@ -80,16 +81,17 @@ class VDConfig:
         """Normalise enums and sequences.
 
         Raises:
-            ValueError: If a field has a value outside its range.
+            ValueError: If a field has a value of another type or outside its range.
         """
-        object.__setattr__(self, "prior", PriorType(self.prior))
-        object.__setattr__(self, "grouping", Grouping(self.grouping))
+        object.__setattr__(self, "prior", _member("prior", PriorType, self.prior))
+        object.__setattr__(self, "grouping", _member("grouping", Grouping, self.grouping))
         object.__setattr__(self, "include", None if self.include is None else _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        for name in ("group_scale", "query_key", "heads", "neurons"):
+            _require_switch(name, getattr(self, name))
         if not (self.heads or self.neurons):
             raise ValueError("`heads` and `neurons` are both false, which leaves nothing to remove: set one of them.")
-        if not math.isfinite(self.initial_log_var):
-            raise ValueError(f"`initial_log_var` is {self.initial_log_var}: expected a finite number, such as -10.")
+        _require_number("initial_log_var", self.initial_log_var)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -116,13 +118,14 @@ class VDConfig:
             The config.
 
         Raises:
-            ValueError: If the text is no such object, has another version or an unknown key.
+            ValueError: If the text is no such object, or has another version, an unknown key or a value that is wrong.
         """
         try:
             values: Any = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"A `VDConfig` must be JSON: {error}.") from error
-        if not isinstance(values, dict) or values.pop("version", None) != VERSION:
+        version = values.pop("version", None) if isinstance(values, dict) else None
+        if type(version) is not int or version != VERSION:  # true equals 1
             raise ValueError(f"A `VDConfig` must be a JSON object with `version` {VERSION}: {text[:80]!r}.")
         unknown = sorted(set(values) - {known.name for known in fields(cls)})
         if unknown:
@@ -130,7 +133,26 @@ class VDConfig:
         return cls(**values)
 
 
-def _patterns(name: str, patterns: Iterable[str]) -> list[str]:
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+def _member(name: str, kind: type[_Member], value: object) -> _Member:
+    for member in kind:
+        if member == value:
+            return member
+    raise ValueError(f"`{name}` is {value!r}: expected one of {', '.join(f'`{member}`' for member in kind)}.")
+
+
+def _patterns(name: str, patterns: object) -> list[str]:
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"`{name}` is {patterns!r}: expected a list of patterns, such as ['*.layer.0.*'].")
     return list(patterns)
+
+
+def _require_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` is {value!r}: expected true or false.")
+
+
+def _require_number(name: str, value: object) -> None:
+    # The comparison refuses NaN, and integers that no float can hold.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not is_number:
+        raise ValueError(f"`{name}` is {value!r}: expected a finite number, such as -10.")

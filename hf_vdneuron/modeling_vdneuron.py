@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from transformers.utils import CONFIG_NAME
 
 
 __all__ = [
+    "FEATURE_COUNTS",
     "PrunedModel",
     "PrunedStructure",
     "adopt_",
@@ -38,7 +40,7 @@ __all__ = [
 _VERSION = 1
 
 #: Layers that can shrink -> attributes that count what the first two axes of their weight run over.
-_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
+FEATURE_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
     nn.Linear: ("out_features", "in_features"),
     Conv1D: ("nx", "nf"),
     nn.Conv1d: ("out_channels", "in_channels"),
@@ -139,9 +141,7 @@ class PrunedStructure:
         }
 
     def apply_(self, model: nn.Module) -> None:
-        """Shrink a native model to this structure, in place. The new weights of shrunk layers are not initialized.
-
-        Everything is checked before the first layer changes.
+        """Shrink a native model in place, once everything fits. New weights of shrunk layers are not initialized.
 
         Args:
             model: Base model of the native class and config, on any device.
@@ -149,22 +149,27 @@ class PrunedStructure:
         Raises:
             ValueError: If the structure does not fit the model.
         """
-        modules = dict(model.named_modules())
+        native, modules = PrunedStructure.of(model), dict(model.named_modules())
+        shares: dict[str, set[Fraction]] = {}  # of the rows that the layers right inside a module keep
         for path, shape in self.shapes.items():
-            _check_shape(path, modules.get(path), shape)
-        for path, values in self.attributes.items():
-            for name, value in values.items():
-                _check_attribute(path, modules.get(path), name, value)
+            _check_shape(path, native.shapes.get(path, ()), shape)
+            axis = _out_axis(modules[path])
+            left, rows = shape[axis], native.shapes[path][axis]
+            if left < rows:
+                shares.setdefault(path.rpartition(".")[0], set()).add(Fraction(left, rows))
+        for path in {**self.attributes, **native.attributes}:
+            counts, values = native.attributes.get(path, {}), self.attributes.get(path, {})
+            _check_attributes(path, counts, values, shares.get(path, {Fraction(1)}))
 
         for path, shape in self.shapes.items():
             _resize_(modules[path], shape)
-        for path, values in self.attributes.items():
-            modules[path].__dict__.update(values)
+        for path in native.attributes:
+            modules[path].__dict__.update(self.attributes.get(path, {}))
 
 
 def _is_matrix(module: nn.Module | None) -> bool:
     """Whether the module is a layer that can shrink; grouped convolutions tie their two axes."""
-    return isinstance(module, tuple(_COUNTS)) and getattr(module, "groups", 1) == 1
+    return isinstance(module, tuple(FEATURE_COUNTS)) and getattr(module, "groups", 1) == 1
 
 
 def _out_axis(module: nn.Module) -> int:
@@ -193,9 +198,8 @@ def _shape(value: object, path: str) -> tuple[int, ...]:
     return tuple(_count(size, path) for size in cast(list[object], value))
 
 
-def _check_shape(path: str, module: nn.Module | None, shape: tuple[int, ...]) -> None:
-    _require(_is_matrix(module), f"this model has no layer {reprlib.repr(path)} that can shrink")
-    native = tuple(cast(nn.Module, module).get_parameter("weight").shape)
+def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    _require(len(native) > 0, f"this model has no layer {reprlib.repr(path)} that can shrink")
     is_smaller = len(shape) == len(native) and shape != native and all(map(int.__le__, shape, native))
     _require(
         is_smaller and shape[2:] == native[2:],  # the kernel of a convolution keeps its size
@@ -203,17 +207,17 @@ def _check_shape(path: str, module: nn.Module | None, shape: tuple[int, ...]) ->
     )
 
 
-def _check_attribute(path: str, module: nn.Module | None, name: str, value: int) -> None:
-    native = vars(module).get(name) if module is not None and name in _ATTRIBUTES else None
+def _check_attributes(path: str, native: Mapping[str, int], values: Mapping[str, int], shares: set[Fraction]) -> None:
+    """Heads are cut as a whole: what counts them, or their features, keeps the same share as the rows beside it."""
     _require(
-        type(native) is int and value <= native,
-        f"expected {reprlib.repr(path)} to have an attribute {reprlib.repr(name)} of at least {reprlib.repr(value)}",
+        all({**native, **values} == {name: value * share for name, value in native.items()} for share in shares),
+        f"expected the attributes of {reprlib.repr(path)} to follow its layers, got {reprlib.repr(dict(values))}",
     )
 
 
 def _resize_(module: nn.Module, shape: tuple[int, ...]) -> None:
     """Give a layer weights of another size. A layer built anew would lose its hooks, and warn if it is empty."""
-    names = next(names for kind, names in _COUNTS.items() if isinstance(module, kind))
+    names = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(module, kind))
     for name, size in zip(names, shape, strict=False):  # a kernel is not counted
         setattr(module, name, size)
     sizes = {"weight": shape, "bias": (shape[_out_axis(module)],)}
@@ -237,16 +241,10 @@ class _HeadlessAttention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return an output `(batch, queries, 0)`, or `(batch, queries, hidden)` if the output projection is in here.
-
-        Returns:
-            The output and, where the native module returns some, attention weights `(batch, 0, queries, keys)`.
-        """
+        """Return no features, or `hidden` ones if the output projection is in here; and the weights of no head."""
         batch, num_queries, _ = hidden_states.shape
-        num_keys = num_queries
-        if encoder_hidden_states is not None:
-            num_keys = encoder_hidden_states.shape[1]
-        elif past_key_values is not None:
+        num_keys = num_queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        if encoder_hidden_states is None and past_key_values is not None:
             if isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = past_key_values.self_attention_cache
             # One head, not none: transformers reads the length of the sequence off layer 0, unless it is empty.

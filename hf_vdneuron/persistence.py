@@ -4,12 +4,12 @@
 import json
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -58,9 +58,12 @@ def from_pretrained(
 
 def _load(path: str | os.PathLike[str], model_class: type | None, kwargs: dict[str, Any]) -> PreTrainedModel:
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    values = _read_values(path, hub)
+    files = _find_weights(path, values, kwargs.get("variant"), hub)
+    if files:  # if not, transformers says what it looked for
+        _require_plausible(values, [shape for file in files for shape in _read_shapes(file)])
     config = _read_config(path, hub)
     native = _find_class(config, model_class)
-    _refuse_pickles(path, config, kwargs.get("variant"), hub)
     is_pruned = getattr(config, "vdneuron", None) is not None
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = _read_weights(pruned_class(native) if is_pruned else native, path, kwargs)
@@ -93,11 +96,47 @@ def _require_complete(model: PreTrainedModel, missing: Iterable[str]) -> None:
         raise ValueError(f"its files lack the weights {reprlib.repr(lost)}")
 
 
+def _read_values(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+    """Read `config.json` as it stands."""
+    try:
+        return dict(PreTrainedConfig.get_config_dict(path, **hub)[0])
+    except Exception as error:  # whatever is no JSON object trips it in all kinds of ways
+        raise ValueError(f"its config cannot be read: {error}") from error
+
+
 def _read_config(path: str | os.PathLike[str], hub: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     except Exception as error:  # damaged values trip config classes in all kinds of ways
         raise ValueError(f"its config cannot be read: {error}") from error
+
+
+def _require_plausible(values: Mapping[str, object], shapes: list[list[int]]) -> None:
+    """Refuse counts that no such files can come from, before a config or a model of that size is built."""
+    # Every layer has a tensor, and every label a row. Other sizes are compared with the tensors' own on loading.
+    longest = max((size for shape in shapes for size in shape), default=0)
+    limits = {"layers": len(shapes), "n_layer": len(shapes), "num_labels": longest}
+    for name, value in _counts(values):
+        if any(value > limit for ending, limit in limits.items() if name.endswith(ending)):
+            raise ValueError(
+                f"its config says `{name}` is {reprlib.repr(value)}, but its files hold {len(shapes)} tensors, the "
+                f"longest axis being {longest}"
+            )
+
+
+def _counts(values: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    """List the integers in a config and in the configs of its parts."""
+    parts = [values]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        yield from ((name, value) for name, value in part.items() if isinstance(value, int))
+
+
+def _read_shapes(file: str) -> list[list[int]]:
+    """Read the shapes of all tensors from the head of a file."""
+    with safe_open(file, framework="pt") as weights:
+        return [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - it has no other way
 
 
 def _find_class(config: PreTrainedConfig, model_class: type | None) -> type[PreTrainedModel]:
@@ -124,22 +163,24 @@ def _is_built_from(found: type[PreTrainedModel], config: PreTrainedConfig) -> bo
     return found.config_class is not None and isinstance(config, found.config_class)
 
 
-def _refuse_pickles(
-    path: str | os.PathLike[str], config: PreTrainedConfig, variant: str | None, hub: dict[str, Any]
-) -> None:
-    """Refuse what would lead transformers to other weights than safetensors: it asks for these only by default."""
+def _find_weights(
+    path: str | os.PathLike[str], values: Mapping[str, Any], variant: str | None, hub: dict[str, Any]
+) -> list[str]:
+    """Find the files of weights; refuse what leads transformers to others, as safetensors is only its default."""
     if _find_file(path, "adapter_config.json", hub) is not None:
         raise ValueError(
             "it holds a PEFT adapter, whose weights may be pickled: load its base model, then the adapter."
         )
-    explicit = getattr(config, "transformers_weights", None)
-    names = [] if explicit is None else [explicit]
+    explicit = values.get("transformers_weights")
+    names = [".".join(filter(None, ("model", variant, "safetensors"))) if explicit is None else explicit]
     index = _find_file(path, ".".join(filter(None, ("model.safetensors.index", variant, "json"))), hub)
     if index is not None:
         names += _read_shards(index)
     others = [name for name in names if not (isinstance(name, str) and name.endswith(".safetensors"))]
     if others:
         raise ValueError(f"its weights must lie in `.safetensors` files, got {reprlib.repr(others)}")
+    files = (_find_file(path, name, hub) for name in dict.fromkeys(names))
+    return [file for file in files if file is not None]
 
 
 def _read_shards(index: str) -> list[object]:

@@ -16,20 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.modeling_vdneuron import FEATURE_COUNTS
 from hf_vdneuron.patching import unpatch_model_
 from hf_vdneuron.structure import as_pruned_model_
 from hf_vdneuron.sublayers import Axis, Slice, Sublayer
 
 
 __all__ = ["prune_model_"]
-
-#: Attributes of a layer that count its output and input features.
-_FEATURE_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
-    nn.Linear: ("out_features", "in_features"),
-    Conv1D: ("nf", "nx"),
-    nn.Conv1d: ("out_channels", "in_channels"),
-    nn.Conv2d: ("out_channels", "in_channels"),
-}
 
 
 @torch.no_grad()
@@ -133,11 +126,12 @@ def _cut_(module: nn.Module, part: Slice, removed: Tensor) -> None:
         _cut_norm_(module, _others(module.num_features, part, removed))
         return
     layer = dense_layer(module, "")
-    kept = _others(layer.weight.shape[feature_axis(layer, part.axis)], part, removed)
+    axis = feature_axis(layer, part.axis)
+    kept = _others(layer.weight.shape[axis], part, removed)
     _replace_(layer, "weight", _select(layer, part.axis, kept))
     if part.axis is Axis.OUT and layer.bias is not None:
         _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])
-    setattr(layer, _FEATURE_COUNTS[type(layer)][part.axis is Axis.IN], len(kept))
+    setattr(layer, FEATURE_COUNTS[type(layer)][axis], len(kept))
 
 
 def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:

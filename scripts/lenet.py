@@ -4,19 +4,21 @@
     python scripts/lenet.py --data_dir DIR
 
 `DIR` holds MNIST's `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`. Every fold trains on 8,000 images and
-is scored on the other 2,000. Finished runs are kept in `--results_file` and skipped.
+is scored on the other 2,000. Finished runs are kept in `--results_file`, each with its settings, and skipped. Several
+processes may share the file and the work.
 """
 
 import argparse
 import gzip
 import json
 import math
+import random
 import statistics
 import struct
 import sys
+import time
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_vdneuron.config import PriorType, VDConfig
+from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
-from hf_vdneuron.masks import RelevanceMask, mask_model_
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
 
 
@@ -37,8 +40,8 @@ SPLIT_SEED = 0
 BATCH_SIZE = 100
 DENSE_EPOCHS = 10
 VARIATIONAL_EPOCHS = 120
-#: Weight of the KL term, and the share of the variational epochs over which it rises linearly from 0.
 KL_WEIGHT = 0.5
+#: Share of the variational epochs over which the weight of the KL term rises linearly from 0.
 WARMUP_SHARE = 0.3
 LEARNING_RATE = 1e-3
 LOG_VAR_LEARNING_RATE = 1e-2
@@ -50,15 +53,32 @@ RESULTS_FILE = Path(__file__).parent / "results" / "lenet.jsonl"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One fold, one seed, one prior: accuracies in percent."""
+class Job:
+    """One fold, one seed, one prior, and the settings: all that a result depends on."""
 
     prior: str
     fold: int
     seed: int
+    epochs: int
+    kl_weight: float
+    grouping: str
+    group_scale: bool
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """A finished job: accuracies in percent, and how long it took in seconds where that was recorded."""
+
     dense_accuracy: float
     accuracy: float
     neurons_left: tuple[int, int]
+    seconds: float | None
+    torch_version: str
+
+    @property
+    def job(self) -> Job:
+        """What was to be done."""
+        return Job(**{known.name: getattr(self, known.name) for known in fields(Job)})
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -164,7 +184,7 @@ def train_dense_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) 
             optimizer.step()
 
 
-def train_variational_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
+def train_variational_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, kl_weight: float) -> None:
     """Maximise the ELBO (1), in place; one step of EM per optimizer step.
 
     Args:
@@ -172,6 +192,7 @@ def train_variational_(model: nn.Module, images: Tensor, labels: Tensor, epochs:
         images: Training images.
         labels: Their labels.
         epochs: Number of passes.
+        kl_weight: Weight of the KL term after its rise.
     """
     set_variational_(model, noise=True, collect_kl=True)
     log_vars = [layer.log_var for layer in variational_layers(model).values()]
@@ -185,10 +206,10 @@ def train_variational_(model: nn.Module, images: Tensor, labels: Tensor, epochs:
     model.train()
     for _ in range(epochs):
         for x, y in batches(images, labels):
-            kl_weight = KL_WEIGHT * min(1.0, step / warmup_steps)
+            risen = min(1.0, step / warmup_steps)
             optimizer.zero_grad()
             nll = F.cross_entropy(model(x), y)
-            (nll + kl_weight * kl_divergence(model) / num_data).backward()
+            (nll + kl_weight * risen * kl_divergence(model) / num_data).backward()
             optimizer.step()
             em_step_(model)
             step += 1
@@ -207,38 +228,88 @@ def neurons_left(mask: RelevanceMask) -> tuple[int, int]:
     return first, second
 
 
-def run(prior: str, fold: int, seed: int, data: tuple[Tensor, ...], args: argparse.Namespace) -> Run:
-    """Train a dense network, sparsify it, remove what the rule finds irrelevant.
+def sparsify_(model: nn.Module, images: Tensor, labels: Tensor, job: Job) -> tuple[int, int]:
+    """Train under the prior and remove what the rule finds irrelevant, in place and for good.
 
     Args:
-        prior: `group`, `mixture` or the control.
-        fold: Number of the fold.
-        seed: Seed of initialisation, order and noise.
+        model: The dense network.
+        images: Training images.
+        labels: Their labels.
+        job: Prior and settings.
+
+    Returns:
+        Neurons left in the two hidden layers.
+    """
+    config = VDConfig(
+        prior=PriorType(job.prior),
+        grouping=Grouping(job.grouping),
+        group_scale=job.group_scale,
+        initial_log_var=INITIAL_LOG_VAR,
+    )
+    patch_model_(model, config)
+    train_variational_(model, images, labels, job.epochs, job.kl_weight)
+    mask = relevance_mask(model)
+    prune_model_(model, mask)
+    return neurons_left(mask)
+
+
+def run(job: Job, data: tuple[Tensor, ...]) -> Run:
+    """Train a dense network, then sparsify it or, as a control, train it on.
+
+    Args:
+        job: What to do.
         data: Training images and labels, held-out images and labels.
-        args: Command line.
 
     Returns:
         What came out.
     """
+    start = time.perf_counter()
     train_images, train_labels, images, labels = data
-    torch.manual_seed(1000 * fold + seed)
+    torch.manual_seed(1000 * job.fold + job.seed)
     model = lenet()
     train_dense_(model, train_images, train_labels, DENSE_EPOCHS)
     dense_accuracy = accuracy(model, images, labels)
-    if prior == CONTROL:
-        train_dense_(model, train_images, train_labels, args.epochs)
-        return Run(prior, fold, seed, dense_accuracy, accuracy(model, images, labels), (300, 100))
-    config = VDConfig(
-        prior=PriorType(prior),
-        grouping=args.grouping,
-        group_scale=args.group_scale,
-        initial_log_var=INITIAL_LOG_VAR,
+    left = (300, 100)
+    if job.prior == CONTROL:
+        train_dense_(model, train_images, train_labels, job.epochs)
+    else:
+        left = sparsify_(model, train_images, train_labels, job)
+    return Run(
+        **asdict(job),
+        dense_accuracy=dense_accuracy,
+        accuracy=accuracy(model, images, labels),
+        neurons_left=left,
+        seconds=round(time.perf_counter() - start, 1),
+        torch_version=torch.__version__,
     )
-    patch_model_(model, config)
-    train_variational_(model, train_images, train_labels, args.epochs)
-    mask = relevance_mask(model)
-    pruned = mask_model_(deepcopy(model), mask)
-    return Run(prior, fold, seed, dense_accuracy, accuracy(pruned, images, labels), neurons_left(mask))
+
+
+def read_runs(path: Path) -> dict[Job, Run]:
+    """Read the finished runs.
+
+    Args:
+        path: File with one run per line, or no file yet.
+
+    Returns:
+        Job -> its run; the first one where two processes did the same.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    runs: dict[Job, Run] = {}
+    for finished in (Run(**json.loads(line)) for line in lines):
+        runs.setdefault(finished.job, finished)
+    return runs
+
+
+def append_run(path: Path, finished: Run) -> None:
+    """Add a line to the results.
+
+    Args:
+        path: File with one run per line; made if missing.
+        finished: The run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:  # one write at the end of the file, whoever else writes to it
+        file.write(json.dumps(asdict(finished)).encode() + b"\n")
 
 
 def summarise(runs: list[Run]) -> str:
@@ -283,11 +354,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with MNIST's two gzipped test files")
-    parser.add_argument("--priors", nargs="+", default=[*PriorType, CONTROL], help="priors to run")
+    priors = [*map(str, PriorType), CONTROL]
+    parser.add_argument("--priors", nargs="+", choices=priors, default=priors, help="priors to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
-    parser.add_argument("--num_folds", type=int, default=NUM_FOLDS, help="folds to run, of 5")
+    parser.add_argument(
+        "--num_folds", type=int, choices=range(1, NUM_FOLDS + 1), default=NUM_FOLDS, help="folds to run"
+    )
     parser.add_argument("--epochs", type=int, default=VARIATIONAL_EPOCHS, help="variational epochs")
-    parser.add_argument("--grouping", default="sides", help="which slices of a neuron share one prior")
+    parser.add_argument("--kl_weight", type=float, default=KL_WEIGHT, help="weight of the KL term after its rise")
+    parser.add_argument(
+        "--grouping",
+        choices=[*map(str, Grouping)],
+        default=str(Grouping.SIDES),
+        help="which slices of a neuron share one prior",
+    )
     parser.add_argument(
         "--group_scale",
         action=argparse.BooleanOptionalAction,
@@ -298,27 +378,37 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """List what the command line asks for.
+
+    Args:
+        args: Command line.
+
+    Returns:
+        The jobs, finished or not.
+    """
+    return [
+        Job(prior, fold, seed, args.epochs, args.kl_weight, args.grouping, args.group_scale)
+        for seed in args.seeds
+        for fold in range(args.num_folds)
+        for prior in args.priors
+    ]
+
+
 def main(argv: list[str]) -> None:
-    """Run what is missing, then print the table.
+    """Run what is missing, then print the table of what was asked for.
 
     Args:
         argv: Arguments without the program's name.
     """
     args = parse_args(argv)
-    runs = []
-    args.results_file.parent.mkdir(parents=True, exist_ok=True)
-    if args.results_file.exists():
-        runs = [Run(**json.loads(line)) for line in args.results_file.read_text().splitlines()]
-    done = {(finished.prior, finished.fold, finished.seed) for finished in runs}
-    data = list(folds(*load_images(args.data_dir)))[: args.num_folds]
-    for seed in args.seeds:
-        for fold, fold_data in enumerate(data):
-            for prior in args.priors:
-                if (prior, fold, seed) not in done:
-                    runs.append(run(prior, fold, seed, fold_data, args))
-                    with args.results_file.open("a") as file:
-                        file.write(json.dumps(asdict(runs[-1])) + "\n")
-    print(summarise(runs))
+    jobs = jobs_of(args)
+    data = list(folds(*load_images(args.data_dir)))
+    # Read before every run, as another process may have finished jobs; in no order, as it may have begun the next one.
+    while missing := set(jobs) - (runs := read_runs(args.results_file)).keys():
+        job = random.choice(list(missing))
+        append_run(args.results_file, run(job, data[job.fold]))
+    print(summarise([runs[job] for job in jobs]))
 
 
 if __name__ == "__main__":

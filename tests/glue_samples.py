@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from pruned_models import CONFIGS
+from models import CONFIGS
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,

@@ -1,9 +1,10 @@
-"""Tiny models in which nothing is zero by accident, where their units lie, and units ended by hand."""
+"""Tiny models in which nothing is zero by accident, where their units lie, and units ended or cut out by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import torch
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from transformers import (
 from hf_vdneuron.masks import RelevanceMask
 
 
-LAYERS, HEADS, HEAD_SIZE, NEURONS, HIDDEN, VOCABULARY = 3, 4, 4, 24, 16, 30
+LAYERS, HEADS, HEAD_SIZE, NEURONS, HIDDEN, VOCABULARY = 3, 4, 4, 24, 16, 20
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
 AUTO_CLASSES = {
     "base": AutoModel,
@@ -59,10 +60,14 @@ def tiny_config(family: str, **changes: bool) -> PreTrainedConfig:
     return {"bert": BertConfig, "roberta": RobertaConfig}[family](**_SHAPE, **changes)
 
 
+#: One config of each family.
+CONFIGS = {family: tiny_config(family) for family in FAMILIES}
+
+
 @torch.no_grad()
-def randomised_(model: nn.Module) -> nn.Module:
+def randomised_(model: nn.Module, seed: int = 1) -> nn.Module:
     """Draw all parameters and running statistics anew: native initialization makes biases zero and norms neutral."""
-    random = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(seed)
     for module in model.modules():
         is_norm = isinstance(module, nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d)
         for name, parameter in module.named_parameters(recurse=False):
@@ -85,6 +90,11 @@ def tiny_model(
     model = deepcopy(_prototype(family, head)).to(dtype)
     model.set_attn_implementation(attention)
     return model
+
+
+def dense_model(family: str, head: str = "base") -> PreTrainedModel:
+    """Random float32 model in evaluation mode, another one in every call."""
+    return randomised_(AUTO_CLASSES[head].from_config(tiny_config(family)), seed=int(torch.randint(2**31, ())))
 
 
 def tiny_decoder(attention: str = "sdpa") -> PreTrainedModel:
@@ -201,6 +211,58 @@ def unit_masks(num_units: int, *, foldable: bool = True, may_be_empty: bool = Tr
 
 def mask_of(keep: dict[str, Tensor]) -> RelevanceMask:
     return RelevanceMask({path: kept.clone() for path, kept in keep.items()})
+
+
+#: Heads and neurons that each layer keeps.
+KeptUnits = tuple[tuple[Iterable[int], Iterable[int]], ...]
+RAGGED: KeptUnits = (([0, 2], [1, 2, 5]), ([], []), ([3], [0]))
+WHOLE_SUBLAYERS: KeptUnits = (
+    (range(HEADS), range(NEURONS)),
+    ([], range(NEURONS)),
+    (range(HEADS), []),
+)
+
+
+def units_of(model: PreTrainedModel, kept: KeptUnits) -> Iterator[tuple[str, Place, list[int]]]:
+    """Path and place of each sub-layer, and the units that it keeps."""
+    for (path, place), units in zip(places(model).items(), chain.from_iterable(kept), strict=True):
+        yield path, place, list(units)
+
+
+def keep_units(model: PreTrainedModel, kept: KeptUnits, *, side: int) -> dict[str, Tensor]:
+    """End all other units on one side: 0 for the in-side, where there are constants to fold, 1 for the out-side."""
+    keep = {}
+    for path, place, units in units_of(model, kept):
+        num_units = len(model.get_submodule(place.rows).weight) // place.num_rows  # fewer than at first, if it was cut
+        keep[path] = torch.ones(2, num_units, dtype=torch.bool)
+        keep[path][side] = torch.isin(torch.arange(num_units), torch.tensor(units))
+    return keep
+
+
+@torch.no_grad()
+def cut_(model: PreTrainedModel, kept: KeptUnits = RAGGED) -> PreTrainedModel:
+    """Take all other units out. No constants are folded."""
+    counts = (
+        ("n_heads", "dim") if model.config.model_type == "distilbert" else ("num_attention_heads", "all_head_size")
+    )
+    for _, place, units in units_of(model, kept):
+        for path in (place.rows, *place.companions):
+            select_(model.get_submodule(path), 0, units, place.num_rows)
+        select_(model.get_submodule(place.columns), 1, units, place.num_columns)
+        if place.companions:
+            core = model.get_submodule(place.rows.rpartition(".")[0])
+            for name, size in zip(counts, (1, HEAD_SIZE), strict=True):
+                setattr(core, name, size * len(units))
+    return model
+
+
+def select_(linear: nn.Linear, axis: int, units: list[int], size: int = 1) -> None:
+    """Keep the rows or columns of some units only."""
+    features = torch.tensor([size * unit + offset for unit in units for offset in range(size)], dtype=torch.long)
+    linear.weight = nn.Parameter(linear.weight.index_select(axis, features))
+    if axis == 0:
+        linear.bias = nn.Parameter(linear.bias[features])
+    linear.out_features, linear.in_features = linear.weight.shape
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What can be configured, and how it travels as JSON."""
 
 import json
+import re
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -76,11 +77,42 @@ def test_units_follow_the_two_switches(heads: bool, neurons: bool, units: tuple[
         pytest.param({"exclude": [3]}, "`exclude`", id="number_as_pattern"),
         pytest.param({"initial_log_var": float("nan")}, "`initial_log_var`", id="nan"),
         pytest.param({"initial_log_var": float("-inf")}, "`initial_log_var`", id="infinite"),
+        pytest.param({"initial_log_var": 10**400}, "`initial_log_var`", id="beyond_floats"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VDConfig(**changes)
+
+
+ANYTHING = [None, True, 3, 0.5, "x", "", ["x"], [3], [[]], {"x": 1}]
+TAKEN: dict[str, list[object]] = {
+    "prior": [],
+    "grouping": [],
+    "include": [None, ["x"]],
+    "exclude": [["x"]],
+    "initial_log_var": [3, 0.5],
+    **{switch: [True] for switch in ("group_scale", "query_key", "heads", "neurons")},
+}
+REFUSED = [
+    pytest.param(name, value, id=f"{name}={value!r}")
+    for name in CHANGES
+    for value in ANYTHING
+    if not any(type(value) is type(taken) and value == taken for taken in TAKEN[name])
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_a_value_of_another_type_is_refused_constructed_or_read(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^`{name}` is {re.escape(repr(value))}: expected"):
+        VDConfig(**{name: value})
+    with pytest.raises(ValueError, match=rf"^`{name}` is {re.escape(repr(value))}: expected"):
+        VDConfig.from_json(changed_json(**{name: value}))
+
+
+def test_errors_say_what_is_expected() -> None:
+    with pytest.raises(ValueError, match=r"`prior` is 'laplace': expected one of `group`, `mixture`\."):
+        VDConfig(prior="laplace")  # type: ignore[arg-type]
 
 
 def changed_json(**changes: object) -> str:
@@ -94,6 +126,10 @@ def changed_json(**changes: object) -> str:
         pytest.param("[1]", "`version` 1", id="no_object"),
         pytest.param("{}", "`version` 1", id="no_version"),
         pytest.param(changed_json(version=2), "`version` 1", id="newer_version"),
+        pytest.param(changed_json(version=True), "`version` 1", id="true_as_version"),
+        pytest.param(changed_json(version=[]), "`version` 1", id="list_as_version"),
+        pytest.param(changed_json(include=3), "`include`", id="number_as_include"),
+        pytest.param(changed_json(heads="no"), "`heads`", id="word_as_switch"),
         pytest.param(changed_json(sigma=1, rho=2), "has no `rho`, `sigma`", id="unknown_keys"),
     ],
 )

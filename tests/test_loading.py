@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from glue_samples import BATCH_SIZE, MAX_LENGTH, evaluate, rows_of, tiny_classifier, tiny_tokenizer
-from pruned_models import CONFIGS, cut_
+from models import CONFIGS, cut_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from pruned_models import (
+from models import (
     AUTO_CLASSES,
     CONFIGS,
     HEADS,
@@ -21,17 +21,18 @@ from pruned_models import (
     RAGGED,
     WHOLE_SUBLAYERS,
     KeptUnits,
+    batch,
     cut_,
     dense_model,
-    first_output,
-    inputs,
-    masked,
-    randomized_,
+    end_by_hand_,
+    keep_units,
+    outputs,
+    places,
+    randomised_,
     select_,
 )
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
@@ -57,8 +58,8 @@ families = pytest.mark.parametrize("family", CONFIGS)
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
-def pruned_model(family: str = "bert", auto_class: type = AutoModelForSequenceClassification) -> PrunedModel:
-    return as_pruned_model_(cut_(dense_model(family, auto_class)))
+def pruned_model(family: str = "bert", head: str = "sequence_classification") -> PrunedModel:
+    return as_pruned_model_(cut_(dense_model(family, head)))
 
 
 def native_skeleton(family: str = "bert") -> nn.Module:
@@ -79,25 +80,25 @@ NATIVE_SHAPES = shapes(SKELETON)
 @kept_units
 @implementations
 def test_pruned_equals_masked(family: str, kept: KeptUnits, implementation: str) -> None:
-    dense = dense_model(family, AUTO_CLASSES["sequence_classification"])
+    dense = dense_model(family, "sequence_classification")
     dense.set_attn_implementation(implementation)
-    expected = first_output(masked(dense, kept))
-    assert not torch.allclose(expected, first_output(dense), atol=0.01)  # the mask matters
+    masked = end_by_hand_(copy.deepcopy(dense), places(dense), keep_units(dense, kept, side=1))
+    expected = outputs(masked, batch())
+    assert not torch.allclose(expected, outputs(dense, batch()), atol=0.01)  # the mask matters
     pruned = as_pruned_model_(cut_(dense, kept))
-    torch.testing.assert_close(first_output(pruned), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(outputs(pruned, batch()), expected, atol=TOLERANCE, rtol=0)
 
 
 @families
 def test_attentions_are_recorded_for_every_layer(family: str) -> None:
-    pruned = pruned_model(family, AUTO_CLASSES["base"])
+    pruned = pruned_model(family, "base")
     pruned.set_attn_implementation("eager")
-    batch = inputs(pruned.config)
-    attentions = pruned(**batch, output_attentions=True).attentions
+    attentions = pruned(**batch(), output_attentions=True).attentions
     assert [tuple(weights.shape) for weights in attentions] == [(2, n, 6, 6) for n in (2, 0, 1)]
     pruned.set_attn_implementation("sdpa")
     dense = dense_model(family)
-    assert len(pruned(**batch, output_attentions=True).attentions) == len(
-        dense(**batch, output_attentions=True).attentions
+    assert len(pruned(**batch(), output_attentions=True).attentions) == len(
+        dense(**batch(), output_attentions=True).attentions
     )
 
 
@@ -105,7 +106,7 @@ def test_model_can_learn() -> None:
     pruned = pruned_model("distilbert").train()
     optimizer = torch.optim.AdamW(pruned.parameters(), lr=0.1)
     before = copy.deepcopy(pruned.state_dict())
-    pruned(**inputs(pruned.config), labels=torch.tensor([0, 1])).loss.backward()
+    pruned(**batch(), labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()
     after = pruned.state_dict()
     learned = "distilbert.transformer.layer.1.attention.out_lin.bias"  # all that is left of its attention
@@ -225,6 +226,41 @@ def test_no_other_attribute_can_be_set(path: str, name: str) -> None:
         PrunedStructure.from_json(hostile).apply_(SKELETON)
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"num_attention_heads": 0, "all_head_size": 3},
+        {"num_attention_heads": 2, "all_head_size": 7},
+        {"num_attention_heads": 1, "all_head_size": 8},
+        {"num_attention_heads": 4, "all_head_size": 16},
+        {"num_attention_heads": 2},
+        {},
+        None,
+    ],
+    ids=str,
+)
+def test_attributes_follow_the_rows(attributes: dict[str, int] | None) -> None:
+    hostile = copy.deepcopy(VALID)  # two heads of size 4 are left of four
+    hostile["attributes"][ATTENTION] = attributes
+    if attributes is None:
+        del hostile["attributes"][ATTENTION]
+    with pytest.raises(ValueError, match=r"`config\.vdneuron` is damaged.*to follow its layers"):
+        PrunedStructure.from_json(hostile).apply_(SKELETON)
+
+
+@families
+def test_attributes_follow_each_of_the_rows(family: str) -> None:
+    """Where queries, keys and values disagree, or none was cut, no attributes are right."""
+    valid = PrunedStructure.from_config(pruned_model(family).config)
+    path = next(iter(valid.attributes))
+    layer = next(layer for layer, shape in valid.shapes.items() if layer.startswith(path) and shape[0] < HIDDEN)
+    fewer = PrunedStructure({**valid.shapes, layer: (4, HIDDEN)}, valid.attributes)
+    uncut = PrunedStructure({key: shape for key, shape in valid.shapes.items() if path not in key}, valid.attributes)
+    for hostile in (fewer, uncut):
+        with pytest.raises(ValueError, match="to follow its layers"):
+            hostile.apply_(native_skeleton(family))
+
+
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
@@ -270,7 +306,7 @@ def test_model_can_be_cut_again() -> None:
     assert type(pruned) is cls is pruned_class(cls) is pruned_class(BertForSequenceClassification)
     assert PrunedStructure.from_config(pruned.config).shapes[QUERY] == (4, HIDDEN)
     assert pruned.bert.encoder.layer[2].attention.self.num_attention_heads == 0
-    assert first_output(pruned).isfinite().all()
+    assert outputs(pruned, batch()).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +321,7 @@ def test_model_can_be_cut_again() -> None:
     ids=["larger_layer", "extra_tensor", "smaller_norm", "extra_layer", "larger_attribute"],
 )
 def test_other_changes_cannot_be_saved(change: Callable[[nn.Module], object]) -> None:
-    model = cut_(dense_model("bert", AutoModelForSequenceClassification))
+    model = cut_(dense_model("bert", "sequence_classification"))
     change(model)
     with pytest.raises(ValueError, match=r"`config\.vdneuron` is damaged|cannot be saved"):
         as_pruned_model_(model)
@@ -302,13 +338,13 @@ def test_model_can_be_duplicated(family: str, duplicate: Callable[[PrunedModel],
     twin = duplicate(pruned)
     assert type(twin) is type(pruned)
     assert type(twin.base_model) is type(pruned.base_model)
-    assert torch.equal(first_output(twin), first_output(pruned))
+    assert torch.equal(outputs(twin, batch()), outputs(pruned, batch()))
 
 
 @families
 @pytest.mark.parametrize("head", AUTO_CLASSES)
 def test_new_model_is_initialized(family: str, head: str) -> None:
-    pruned = pruned_model(family, AUTO_CLASSES[head])
+    pruned = pruned_model(family, head)
     torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
     try:
         new = type(pruned)(pruned.config)
@@ -316,7 +352,7 @@ def test_new_model_is_initialized(family: str, head: str) -> None:
         torch.use_deterministic_algorithms(False)
     assert shapes(new) == shapes(pruned)
     assert all(tensor.isfinite().all() for tensor in new.state_dict().values())
-    assert first_output(new.eval()).isfinite().all()
+    assert outputs(new.eval(), batch()).isfinite().all()
 
 
 def test_model_keeps_native_manners() -> None:
@@ -349,7 +385,7 @@ def test_module_offers_nothing_else(name: str) -> None:
 def decoder(**settings: Any) -> BertLMHeadModel:
     config = copy.deepcopy(CONFIGS["bert"])
     config.update({"is_decoder": True, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | settings)
-    return randomized_(BertLMHeadModel(config))
+    return randomised_(BertLMHeadModel(config))
 
 
 @implementations
@@ -361,7 +397,7 @@ def decoder(**settings: Any) -> BertLMHeadModel:
 def test_generation_with_cache_equals_generation_without(implementation: str, cache: dict[str, Any]) -> None:
     model = as_pruned_model_(cut_(decoder(), (([], []), ([1], [0]), ([], [2]))))
     model.set_attn_implementation(implementation)
-    prompt = inputs(model.config)
+    prompt = batch()
     prompt["attention_mask"] = prompt["attention_mask"].flip(1)  # padded on the left, to miss by a wrong length
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     expected = model.generate(**prompt, use_cache=False, **options)
@@ -379,8 +415,9 @@ def test_cross_attention_without_heads_leaves_the_cache_alone() -> None:
     for maker in (attention.self.query, attention.self.key, attention.self.value):
         select_(maker, 0, [])
     select_(attention.output.dense, 1, [])
+    attention.self.num_attention_heads = attention.self.all_head_size = 0
     as_pruned_model_(model)
-    ids, states = inputs(model.config)["input_ids"], torch.randn(2, 3, HIDDEN)
+    ids, states = batch()["input_ids"], torch.randn(2, 3, HIDDEN)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     start = model(ids[:, :4], encoder_hidden_states=states, past_key_values=cache, use_cache=True).logits
     end = model(ids[:, 4:], encoder_hidden_states=states, past_key_values=cache, use_cache=True).logits

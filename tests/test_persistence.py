@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pruned_models import (
+from models import (
     AUTO_CLASSES,
     CONFIGS,
     RAGGED,
     WHOLE_SUBLAYERS,
     KeptUnits,
+    batch,
     dense_model,
-    first_output,
-    inputs,
+    keep_units,
     mask_of,
+    outputs,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, PreTrainedModel, RobertaModel
@@ -83,8 +84,8 @@ print(json.dumps(verdicts))
 
 
 def pruned_model(family: str = "bert", head: str = "sequence_classification", kept: str = "ragged") -> PrunedModel:
-    dense = dense_model(family, AUTO_CLASSES[head])
-    return prune_model_(dense, mask_of(dense, KEPT[kept]))
+    dense = dense_model(family, head)
+    return prune_model_(dense, mask_of(keep_units(dense, KEPT[kept], side=0)))
 
 
 def state(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, list[Any]]]:
@@ -126,7 +127,7 @@ def test_door_one_gives_the_saved_model(row: tuple[str, str, str], saved: dict[A
     assert type(loaded) is type(model)
     assert not loaded.training
     assert state(loaded) == state(model)
-    assert torch.equal(first_output(loaded), first_output(model))
+    assert torch.equal(outputs(loaded, batch()), outputs(model, batch()))
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,9 @@ def door_two(saved: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) ->
     root = tmp_path_factory.mktemp("door_two")
     for row, (folder, model) in saved.items():
         shutil.copytree(folder, root / folder.name)
-        batch = inputs(model.config)
         with torch.no_grad():
-            output = model(**batch)[0]
-        save_file({**batch, "output": output}, root / folder.name / "answers.safetensors")
+            output = model(**batch())[0]
+        save_file({**batch(), "output": output}, root / folder.name / "answers.safetensors")
         (root / folder.name / "auto_class.txt").write_text(AUTO_CLASSES[row[1]].__name__)
     environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
@@ -264,7 +264,7 @@ def test_other_head(model_class: type, saved: dict[Any, Any]) -> None:
 
 @families
 def test_dense_model(family: str, tmp_path: Path) -> None:
-    dense = dense_model(family, AUTO_CLASSES["masked_lm"])
+    dense = dense_model(family, "masked_lm")
     dense.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
     assert type(loaded) is type(dense)
@@ -405,6 +405,16 @@ def describe_other_shapes(folder: Path) -> None:
     edit_config(folder, vdneuron=structure)
 
 
+def describe_other_heads(folder: Path) -> None:
+    structure = json.loads((folder / "config.json").read_text())["vdneuron"]
+    structure["attributes"]["encoder.layer.0.attention.self"] = {"num_attention_heads": 0, "all_head_size": 3}
+    edit_config(folder, vdneuron=structure)
+
+
+def replace_by_nothing(folder: Path) -> None:
+    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no_folder": shutil.rmtree,
     "no_config": lambda folder: (folder / "config.json").unlink(),
@@ -437,6 +447,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "structure_of_later_version": lambda folder: change_structure(folder, version=2),
     "structure_lost": lambda folder: edit_config(folder, vdneuron=None),
     "structure_of_other_weights": describe_other_shapes,
+    "attributes_of_other_weights": describe_other_heads,
+    "far_too_many_layers": lambda folder: edit_config(folder, num_hidden_layers=10**9),
+    "far_too_many_layers_in_a_part": lambda folder: edit_config(folder, text_config={"decoder_layers": 10**9}),
+    "far_too_many_labels": lambda folder: edit_config(folder, num_labels=10**9),
+    "far_too_wide": lambda folder: edit_config(folder, hidden_size=10**9, intermediate_size=10**9),
+    "no_layer_and_no_weights": replace_by_nothing,
 }
 
 
@@ -446,6 +462,21 @@ def test_damage_is_one_clear_error(damage: str, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(pickle, "Unpickler", None)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     with pytest.raises(ValueError, match=rf"Cannot load `{folder}`: .*[.?!] Expected .* again\.$"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", ["1GB", SEVERAL_SHARDS], ids=["one_file", "shards"])
+@pytest.mark.parametrize("counts", [{"num_hidden_layers": 10**6}, {"num_labels": 10**9}], ids=str)
+def test_a_config_that_outgrows_its_files_builds_nothing(
+    counts: dict[str, int], size: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_pretrained(folder).save_pretrained(folder, max_shard_size=size)
+    edit_config(folder, **counts)
+    monkeypatch.setattr(transformers.BertConfig, "__init__", lambda *_, **__: pytest.fail("a config was built"))
+    (name,) = counts
+    with pytest.raises(
+        ValueError, match=rf"its config says `{name}` is {counts[name]}, but its files hold \d+ tensors"
+    ):
         from_pretrained(folder)
 
 

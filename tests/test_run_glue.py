@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from glue_samples import NUM_ROWS, tiny_classifier, tiny_tokenizer, write_task
-from pruned_models import CONFIGS, cut_
+from models import CONFIGS, cut_
 from transformers import AutoModel
 
 from hf_vdneuron.glue import GLUE_TASKS, glue_task

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
-from pruned_models import cut_
+from models import cut_
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 import hf_vdneuron

@@ -4,18 +4,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from pruned_models import (
+from models import (
     AUTO_CLASSES,
     CONFIGS,
     HIDDEN,
+    NEURONS,
     RAGGED,
     WHOLE_SUBLAYERS,
     KeptUnits,
+    batch,
     cut_,
     dense_model,
-    inputs,
+    keep_units,
     mask_of,
-    randomized_,
+    randomised_,
 )
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -35,19 +37,26 @@ implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 kept_units = pytest.mark.parametrize("kept", [RAGGED, WHOLE_SUBLAYERS], ids=["ragged", "whole_sublayers"])
 
 
+def ending_others(model: PreTrainedModel, kept: KeptUnits) -> RelevanceMask:
+    """End all other units on the in-side, so that there are constants to fold."""
+    return mask_of(keep_units(model, kept, side=0))
+
+
 @families
 @kept_units
 def test_removal_leaves_what_was_cut_by_hand(family: str, kept: KeptUnits) -> None:
     pruned = dense_model(family)
-    prune_model_(pruned, mask_of(pruned, kept))
+    prune_model_(pruned, ending_others(pruned, kept))
     expected = find_structure(cut_(dense_model(family), kept))
     assert find_structure(pruned) == PrunedStructure.from_config(pruned.config) == expected
 
 
 @heads
 def test_structure_does_not_depend_on_the_head(head: str) -> None:
-    model = dense_model("bert", AUTO_CLASSES[head])
-    structure = find_structure(prune_model_(model, mask_of(model, ((range(4), [0]), ([], range(6)), RAGGED[0]))))
+    model = dense_model("bert", head)
+    structure = find_structure(
+        prune_model_(model, ending_others(model, ((range(4), [0]), ([], range(NEURONS)), RAGGED[0])))
+    )
     attention = "encoder.layer.{}.attention"
     assert structure.shapes == {
         "encoder.layer.0.intermediate.dense": (1, HIDDEN),
@@ -76,10 +85,10 @@ def test_a_mask_that_keeps_everything_leaves_the_native_model(family: str) -> No
 
 
 def test_a_pruned_model_is_pruned_further() -> None:
-    model = dense_model("distilbert", AUTO_CLASSES["sequence_classification"])
-    prune_model_(model, mask_of(model, RAGGED))
+    model = dense_model("distilbert", "sequence_classification")
+    prune_model_(model, ending_others(model, RAGGED))
     first = find_structure(model)
-    prune_model_(model, mask_of(model, (([1], [0, 1]), ([], []), ([], []))))
+    prune_model_(model, ending_others(model, (([1], [0, 1]), ([], []), ([], []))))
     assert PrunedStructure.from_config(model.config) == find_structure(model)
     layer = "transformer.layer.0.attention.q_lin"
     assert (first.shapes[layer], find_structure(model).shapes[layer]) == ((8, HIDDEN), (4, HIDDEN))
@@ -93,7 +102,7 @@ def test_a_patched_model_is_no_pruned_model() -> None:
 
 def test_finding_out_changes_nothing() -> None:
     model = dense_model("roberta")
-    prune_model_(model, mask_of(model, RAGGED))
+    prune_model_(model, ending_others(model, RAGGED))
     config, state, rng = deepcopy(model.config.to_dict()), deepcopy(model.state_dict()), torch.get_rng_state()
     find_structure(model)
     assert model.config.to_dict() == config
@@ -105,9 +114,9 @@ def masked_and_pruned_decoder(family: str, implementation: str) -> tuple[PreTrai
     """Decoders whose first layer has no head."""
     config = deepcopy(CONFIGS[family])
     config.update({"is_decoder": True, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0})
-    dense = randomized_(AutoModelForCausalLM.from_config(config))
+    dense = randomised_(AutoModelForCausalLM.from_config(config))
     dense.set_attn_implementation(implementation)
-    mask = mask_of(dense, (([], []), ([1], [0]), ([0, 2], [2])))
+    mask = ending_others(dense, (([], []), ([1], [0]), ([0, 2], [2])))
     return mask_model_(deepcopy(dense), mask), prune_model_(dense, mask)
 
 
@@ -115,7 +124,7 @@ def masked_and_pruned_decoder(family: str, implementation: str) -> tuple[PreTrai
 @implementations
 def test_decoder_without_heads_in_its_first_layer_generates_the_same(family: str, implementation: str) -> None:
     masked, pruned = masked_and_pruned_decoder(family, implementation)
-    prompt = inputs(pruned.config)["input_ids"]
+    prompt = batch()["input_ids"]
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     expected = masked.generate(prompt, use_cache=False, **options)
     for cache in ({"use_cache": False}, {"cache_implementation": "dynamic"}):
@@ -129,7 +138,7 @@ def test_decoder_without_heads_in_its_first_layer_generates_the_same(family: str
 @torch.no_grad()
 def test_decoder_without_heads_in_its_first_layer_counts_what_is_cached(family: str, implementation: str) -> None:
     masked, pruned = masked_and_pruned_decoder(family, implementation)
-    prompt, cache = inputs(pruned.config)["input_ids"], DynamicCache()
+    prompt, cache = batch()["input_ids"], DynamicCache()
     logits = [pruned(part, past_key_values=cache, use_cache=True).logits for part in prompt.split(2, dim=1)]
     expected = masked(prompt, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=TOLERANCE, rtol=0)
