@@ -78,7 +78,8 @@ class PrunedStructure:
 
     Args:
         shapes: Path of a layer -> shape of its weight.
-        attributes: Path of a module -> attribute -> value, at least 0.
+        attributes: Path of a module -> attribute -> value: of the native one, the share that the rows of the layers
+            right inside the module keep.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

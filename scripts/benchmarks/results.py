@@ -110,8 +110,9 @@ def latency_table(rows: list[Row]) -> str:
 
 
 def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Group rows by some of their values, task by task, in the order in which they were finished."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: str(row["task"])):
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
