@@ -13,6 +13,7 @@ from benchmarks.baselines import SCORERS, keep_best
 from benchmarks.results import Results, latency_table, score_table
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
+from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
@@ -127,6 +128,20 @@ def test_magnitude_keeps_the_largest() -> None:
     torch.testing.assert_close(SCORERS["magnitude"](model, sublayer, torch.Generator()), expected)
     mask = keep_best(model, SCORERS["magnitude"], {Unit.NEURON: 2}, seed=0)
     assert set(mask.kept_units(sublayer).tolist()) == set(expected.topk(2).indices.tolist())
+
+
+@torch.no_grad()
+def test_the_magnitude_of_a_head_has_its_queries_and_keys() -> None:
+    model = tiny_model("bert")
+    attention = model.encoder.layer[0].attention
+    rows = (attention.self.query, attention.self.key, attention.self.value)
+    blocks = [
+        [*(part.weight[h : h + HEAD_SIZE] for part in rows), attention.output.dense.weight[:, h : h + HEAD_SIZE]]
+        for h in range(0, HEADS * HEAD_SIZE, HEAD_SIZE)
+    ]
+    expected = torch.stack([sum(weight.square().sum() for weight in block) for block in blocks])
+    scores = SCORERS["magnitude"](model, find_sublayers(model)[0], torch.Generator())
+    torch.testing.assert_close(scores, expected.float())
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
 
 
 def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
-    """Score a unit by the squared norm of its weights on both sides.
+    """Score a unit by the squared norm of all its weights, those of queries and keys too.
+
+    By values and outputs alone, the first two layers of MiniLM would keep no head, and chance would do better.
 
     Args:
         model: A dense model.
@@ -34,7 +36,7 @@ def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
     """
     scores = torch.zeros(sublayer.num_units)
     units = torch.arange(sublayer.num_units)
-    for part in (part for side in sublayer.sides for part in side.slices):
+    for part in sublayer.matrices:
         layer = dense_layer(model, part.module)
         by_feature = (
             layer.weight.detach().float().square().movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1)
