@@ -1,19 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a structure costs: weights and multiply-accumulates of the heads and neurons that are left."""
+"""What a structure costs, and which heads and neurons to keep so that it costs no more than was asked for."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf, isfinite, prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.elbo import variational_parameters
 from hf_vdneuron.layers import dense_layer, feature_axis
-from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Axis, Sublayer, Unit
+from hf_vdneuron.masks import RelevanceMask, end_units
+from hf_vdneuron.sublayers import Axis, Role, Sublayer, Unit
 
 
-__all__ = ["BodyCost", "body_cost", "speedup", "units_left"]
+__all__ = [
+    "BodyCost",
+    "Budget",
+    "Costs",
+    "UnitCounts",
+    "body_cost",
+    "cost_ratio_budget",
+    "keep_within",
+    "parameter_budget",
+    "sparsity_budget",
+    "speedup",
+    "speedup_budget",
+    "unit_counts",
+    "units_left",
+]
+
+#: Path of a sub-layer -> units left in it; not whole where it is an expectation. Those that are missing are complete.
+UnitCounts = Mapping[str, float]
 
 _KEEP_ALL = RelevanceMask({})
 
@@ -31,17 +52,129 @@ class BodyCost:
     macs: int
 
 
-def _sizes(model: nn.Module, sublayers: list[Sublayer], mask: RelevanceMask) -> Iterator[int]:
-    """Yield the number of weights that each matrix keeps; a matrix between two sub-layers loses rows and columns."""
-    left: dict[str, dict[Axis, int]] = {}
-    for sublayer in sublayers:
-        num_removed = sublayer.num_units - len(mask.kept_units(sublayer))
-        for part in sublayer.matrices:
-            layer = dense_layer(model, part.module)
-            full = {axis: layer.weight.shape[feature_axis(layer, axis)] for axis in Axis}
-            left.setdefault(part.module, full)[part.axis] -= num_removed * part.size
-    for path, kept in left.items():
-        yield kept[Axis.OUT] * kept[Axis.IN] * prod(dense_layer(model, path).weight.shape[2:])
+@dataclass(frozen=True)
+class _Layer:
+    """A layer, and which sub-layers take features from it.
+
+    Args:
+        features: Number of its features along each axis.
+        per_pair: Weights per pair of an output and an input feature: the kernel's size; 0 for a norm.
+        per_output: Parameters per output feature: its bias, or what a norm holds.
+        losses: Sub-layer, axis, and the features that one of its units owns.
+    """
+
+    features: Mapping[Axis, int]
+    per_pair: int
+    per_output: int
+    losses: tuple[tuple[Sublayer, Axis, int], ...]
+
+    def left(self, counts: UnitCounts) -> Mapping[Axis, float]:
+        """Number of features left along each axis."""
+        left: dict[Axis, float] = dict(self.features)
+        for sublayer, axis, size in self.losses:
+            left[axis] -= (sublayer.num_units - counts.get(sublayer.path, sublayer.num_units)) * size
+        return left
+
+    def weights(self, counts: UnitCounts) -> float:
+        """Weights left, those of norms and biases not among them."""
+        return self.per_pair * prod(self.left(counts).values())
+
+    def parameters(self, counts: UnitCounts) -> float:
+        """Parameters left."""
+        return self.weights(counts) + self.per_output * self.left(counts)[Axis.OUT]
+
+
+class Costs:
+    """What the structures of a model cost, as functions of the units that they keep.
+
+    Args:
+        model: A dense, patched or pruned model. It is looked at once, here.
+        length: Tokens of one sequence (positions of a map, for a chain with convolutions).
+
+    Attributes:
+        sublayers: Its sub-layers, in order.
+    """
+
+    def __init__(self, model: nn.Module, *, length: int) -> None:
+        self.length = length
+        self.sublayers = find_sublayers(model)
+        losses: dict[str, list[tuple[Sublayer, Axis, int]]] = {}
+        norms = set()
+        for sublayer in self.sublayers:
+            for part in sublayer.slices:
+                losses.setdefault(part.module, []).append((sublayer, part.axis, part.size))
+                if part.role is Role.NORM:
+                    norms.add(part.module)
+        self._layers = [
+            (_norm if path in norms else _matrix)(model, path, tuple(parts)) for path, parts in losses.items()
+        ]
+        own = variational_parameters(model)
+        total = sum(parameter.numel() for parameter in model.parameters() if parameter not in own)
+        self._elsewhere = total - sum(layer.parameters({}) for layer in self._layers)
+
+    def weights(self, counts: UnitCounts) -> float:
+        """Count the weights of heads and neurons.
+
+        Args:
+            counts: Units left.
+
+        Returns:
+            Their number.
+        """
+        return sum(layer.weights(counts) for layer in self._layers)
+
+    def parameters(self, counts: UnitCounts) -> float:
+        """Count the parameters of the whole model, as `num_parameters` does once it is pruned.
+
+        Args:
+            counts: Units left.
+
+        Returns:
+            Their number.
+        """
+        return self._elsewhere + sum(layer.parameters(counts) for layer in self._layers)
+
+    def macs(self, counts: UnitCounts) -> float:
+        """Count the multiply-accumulates of heads and neurons.
+
+        Attention adds, per head, one product of queries with keys and one of attention weights with values.
+
+        Args:
+            counts: Units left.
+
+        Returns:
+            Their number for one sequence.
+        """
+        width = sum(
+            counts.get(sublayer.path, sublayer.num_units) * sublayer.sides[0].slices[0].size
+            for sublayer in self.sublayers
+            if sublayer.unit is Unit.HEAD
+        )
+        return self.length * self.weights(counts) + 2 * self.length**2 * width
+
+
+def _matrix(model: nn.Module, path: str, losses: tuple[tuple[Sublayer, Axis, int], ...]) -> _Layer:
+    layer = dense_layer(model, path)
+    features = {axis: layer.weight.shape[feature_axis(layer, axis)] for axis in Axis}
+    return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses)
+
+
+def _norm(model: nn.Module, path: str, losses: tuple[tuple[Sublayer, Axis, int], ...]) -> _Layer:
+    parameters = list(model.get_submodule(path).parameters())
+    return _Layer({Axis.OUT: len(parameters[0]) if parameters else 0}, 0, len(parameters), losses)
+
+
+def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:
+    """Count what a mask keeps.
+
+    Args:
+        sublayers: The sub-layers of a model.
+        mask: What is kept of them.
+
+    Returns:
+        Path of each sub-layer -> its units left.
+    """
+    return {sublayer.path: len(mask.kept_units(sublayer)) for sublayer in sublayers}
 
 
 def body_cost(model: nn.Module, *, length: int, mask: RelevanceMask = _KEEP_ALL) -> BodyCost:
@@ -53,15 +186,11 @@ def body_cost(model: nn.Module, *, length: int, mask: RelevanceMask = _KEEP_ALL)
         mask: What is kept; everything by default.
 
     Returns:
-        Weights and multiply-accumulates. Attention adds, per head, one product of queries with keys and one of
-        attention weights with values.
+        Weights and multiply-accumulates.
     """
-    sublayers = find_sublayers(model)
-    weights = sum(_sizes(model, sublayers, mask))
-    heads = (
-        (len(mask.kept_units(part)) * part.sides[0].slices[0].size) for part in sublayers if part.unit is Unit.HEAD
-    )
-    return BodyCost(weights, length * weights + 2 * length**2 * sum(heads))
+    costs = Costs(model, length=length)
+    counts = unit_counts(costs.sublayers, mask)
+    return BodyCost(int(costs.weights(counts)), int(costs.macs(counts)))
 
 
 def speedup(model: nn.Module, mask: RelevanceMask, *, length: int) -> float:
@@ -93,3 +222,169 @@ def units_left(model: nn.Module, mask: RelevanceMask = _KEEP_ALL) -> dict[Unit, 
     for sublayer in find_sublayers(model):
         left[sublayer.unit].append(len(mask.kept_units(sublayer)))
     return left
+
+
+# ---- From a target to what is kept ----
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a structure may cost.
+
+    Args:
+        name: Name of the option that asked for it.
+        asked: Its value.
+        cost: Function from units left to their cost; it never falls when units are added.
+        limit: Highest cost that meets the target.
+        achieved: Function from a cost to what the option would be for it.
+    """
+
+    name: str
+    asked: float
+    cost: Callable[[UnitCounts], float]
+    limit: float
+    achieved: Callable[[float], float]
+
+    def require_reachable(self, least: UnitCounts) -> None:
+        """Refuse a target that no structure meets, or that the whole model does.
+
+        Args:
+            least: Units left when all that can be removed is.
+
+        Raises:
+            ValueError: If even that costs more than the limit, or the complete model no more.
+        """
+        if self.cost(least) > self.limit:
+            raise ValueError(
+                f"`{self.name}` is {self.asked:g}: with every patched head and neuron gone it is "
+                f"{self.achieved(self.cost(least)):g}. Ask for less, or let `VDConfig` patch more."
+            )
+        if self.cost({}) <= self.limit:
+            raise ValueError(
+                f"`{self.name}` is {self.asked:g}, which the complete model meets: it has "
+                f"{self.achieved(self.cost({})):g}. Ask for more."
+            )
+
+
+def speedup_budget(costs: Costs, target: float) -> Budget:
+    """Ask for a speed-up by multiply-accumulates.
+
+    Args:
+        costs: Costs of the model.
+        target: Dense over pruned multiply-accumulates of the body, above 1.
+
+    Returns:
+        The budget.
+    """
+    return cost_ratio_budget(costs.macs, target)
+
+
+def cost_ratio_budget(cost: Callable[[UnitCounts], float], target: float) -> Budget:
+    """Ask for a speed-up by any cost.
+
+    Args:
+        cost: Function from units left to their cost.
+        target: Dense over pruned cost, above 1.
+
+    Returns:
+        The budget.
+    """
+    full = cost({})
+    return Budget("target_speedup", target, cost, full / target, lambda left: full / left if left else inf)
+
+
+def sparsity_budget(costs: Costs, target: float) -> Budget:
+    """Ask for a share of the weights of heads and neurons to be removed.
+
+    Args:
+        costs: Costs of the model.
+        target: The share, between 0 and 1.
+
+    Returns:
+        The budget.
+    """
+    full = costs.weights({})
+    return Budget("target_sparsity", target, costs.weights, (1 - target) * full, lambda left: 1 - left / full)
+
+
+def parameter_budget(costs: Costs, target: int) -> Budget:
+    """Ask for a number of parameters.
+
+    Args:
+        costs: Costs of the model.
+        target: Highest number of parameters of the whole model.
+
+    Returns:
+        The budget.
+    """
+    return Budget("target_params", target, costs.parameters, target, lambda left: left)
+
+
+def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budget: Budget) -> RelevanceMask:
+    """Keep what says most for what it costs, and no more than a budget allows.
+
+    Units go in the order of their relevance per cost until the budget is met. Then those that still fit come back,
+    the best first, so that what is left of the budget is less than the cheapest removed unit costs.
+
+    Args:
+        sublayers: The sub-layers of a model.
+        relevance: Path of each sub-layer -> relevance of each side of its units, shape `(num_sides, num_units)`.
+            Units with infinite relevance stay.
+        budget: What may be kept.
+
+    Returns:
+        A mask over every sub-layer. Each removed unit ends on its less relevant side.
+
+    Raises:
+        ValueError: If the budget cannot be met.
+    """
+    weakest = {sublayer.path: relevance[sublayer.path].amin(0) for sublayer in sublayers}
+    removable = {path: int(values.isfinite().sum()) for path, values in weakest.items()}
+    sizes = {sublayer.path: sublayer.num_units for sublayer in sublayers}
+    budget.require_reachable({path: sizes[path] - removable[path] for path in sizes})
+    prices = {path: (budget.cost({}) - budget.cost({path: 0})) / max(1, size) for path, size in sizes.items()}
+    # Ties fall by path and unit: every process has to remove the same.
+    ranked = sorted(
+        (value / prices[path], path, unit)
+        for path in sizes
+        for unit, value in enumerate(weakest[path].tolist())
+        if isfinite(value)
+    )
+    order = [(path, unit) for _, path, unit in ranked]
+    removed = order[: _shortest_prefix(order, sizes, budget)]
+    removed = _fill(removed, sizes, budget)
+    gone = {path: torch.zeros(size, dtype=torch.bool) for path, size in sizes.items()}
+    for path, unit in removed:
+        gone[path][unit] = True
+    return RelevanceMask({
+        sublayer.path: end_units(sublayer, (relevance[sublayer.path] == weakest[sublayer.path]) & gone[sublayer.path])
+        for sublayer in sublayers
+    })
+
+
+def _count(removed: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, int]:
+    gone = Counter(path for path, _ in removed)
+    return {path: size - gone[path] for path, size in sizes.items()}
+
+
+def _shortest_prefix(order: list[tuple[str, int]], sizes: Mapping[str, int], budget: Budget) -> int:
+    """Find how many units at least have to go, in this order, for the rest to fit: the cost only falls."""
+    return bisect_left(
+        range(len(order)), True, key=lambda length: budget.cost(_count(order[:length], sizes)) <= budget.limit
+    )
+
+
+def _fill(removed: list[tuple[str, int]], sizes: Mapping[str, int], budget: Budget) -> list[tuple[str, int]]:
+    """Take back the units that still fit, the last removed first."""
+    counts = _count(removed, sizes)
+    gone: list[tuple[str, int]] = []
+    full: set[str] = set()
+    for path, unit in reversed(removed):
+        more = {**counts, path: counts[path] + 1}
+        if path not in full and budget.cost(more) <= budget.limit:
+            counts = more
+        else:
+            # Units of one sub-layer cost the same: where one does not fit, no other does.
+            full.add(path)
+            gone.append((path, unit))
+    return gone

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's checkpoints hold beyond what the Trainer writes: the teacher, and parameters under names that load."""
+"""What a run's checkpoints hold beyond what the Trainer writes: teacher, steering, parameters by loadable names."""
 
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 
-__all__ = ["has_teacher", "load_teacher_", "native_names", "save_teacher"]
+__all__ = ["has_teacher", "load_steering", "load_teacher_", "native_names", "save_steering", "save_teacher"]
 
-#: Weights of the teacher inside a checkpoint.
-TEACHER_FILE = "teacher.safetensors"
+#: Inside a checkpoint: weights of the teacher, and where the run was going.
+TEACHER_FILE, STEERING_FILE = "teacher.safetensors", "steering.json"
 
 
 def has_teacher(checkpoint: str | Path) -> bool:
@@ -48,6 +50,30 @@ def load_teacher_(teacher: nn.Module, checkpoint: str | Path) -> None:
         checkpoint: Folder of a checkpoint that holds one.
     """
     load_model(teacher, Path(checkpoint) / TEACHER_FILE)
+
+
+def save_steering(state: Mapping[str, Any], checkpoint: str | Path) -> None:
+    """Put where a run was going into a checkpoint.
+
+    Args:
+        state: What `Steering.state` gives.
+        checkpoint: Folder of a checkpoint; made if it is not there yet.
+    """
+    Path(checkpoint).mkdir(parents=True, exist_ok=True)
+    (Path(checkpoint) / STEERING_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def load_steering(checkpoint: str | Path) -> dict[str, Any] | None:
+    """Read where a run was going from a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+
+    Returns:
+        The state; None for a checkpoint without one.
+    """
+    path = Path(checkpoint) / STEERING_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 @contextmanager

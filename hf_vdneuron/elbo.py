@@ -17,7 +17,15 @@ from hf_vdneuron.functional import PriorStatistics
 from hf_vdneuron.layers import VariationalLayer
 
 
-__all__ = ["em_step_", "init_priors_", "kl_divergence", "num_weights", "set_variational_", "variational_layers"]
+__all__ = [
+    "em_step_",
+    "init_priors_",
+    "kl_divergence",
+    "num_weights",
+    "set_variational_",
+    "variational_layers",
+    "variational_parameters",
+]
 
 
 def variational_layers(model: nn.Module) -> dict[str, VariationalLayer]:
@@ -30,6 +38,19 @@ def variational_layers(model: nn.Module) -> dict[str, VariationalLayer]:
         Path of each layer, and the layer.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, VariationalLayer)}
+
+
+def variational_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Collect the parameters that only the posterior has: log-variances and group scales.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        They, empty for a dense model.
+    """
+    own = ((layer.log_var, layer.group_scale) for layer in variational_layers(model).values())
+    return {parameter for parameters in own for parameter in parameters if parameter is not None}
 
 
 def num_weights(model: nn.Module) -> int:

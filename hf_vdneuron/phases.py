@@ -13,8 +13,8 @@ from hf_vdneuron.elbo import em_step_, set_variational_, variational_layers
 from hf_vdneuron.masks import mask_model_
 from hf_vdneuron.monitoring import RunningMeans
 from hf_vdneuron.optimization import reset_variational_
-from hf_vdneuron.relevance import relevance_mask
 from hf_vdneuron.schedules import Phase
+from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -29,6 +29,7 @@ class PhaseCallback(TrainerCallback):
 
     Args:
         teacher: Takes the fine-tuned model.
+        steering: Weighs the KL and chooses what is kept.
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
 
@@ -36,8 +37,11 @@ class PhaseCallback(TrainerCallback):
         is_cut: Whether this run has masked what is irrelevant.
     """
 
-    def __init__(self, teacher: Teacher, means: RunningMeans, score: Callable[[str], None]) -> None:
+    def __init__(
+        self, teacher: Teacher, steering: Steering, means: RunningMeans, score: Callable[[str], None]
+    ) -> None:
         self.teacher = teacher
+        self.steering = steering
         self.means = means
         self.score = score
         self.is_cut = False
@@ -63,6 +67,7 @@ class PhaseCallback(TrainerCallback):
             require_posterior(run["model"])
             if args.distillation_weight and step < state.max_steps:
                 require_own_teacher(self.teacher.model, step, made_at=plan.sparsify_start)
+        self.steering.begin_(run["model"], args, plan, step=step)
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Do what the coming optimizer step needs; a boundary's own work is done at its very step.
@@ -78,6 +83,7 @@ class PhaseCallback(TrainerCallback):
             if args.distillation_weight:
                 self.teacher.copy_(model)
             reset_variational_(run["optimizer"])
+            self.steering.look_(model, args, plan, step=step)
         if plan.sparsify_steps and step == plan.recover_start:
             self._cut_(model, args)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
@@ -100,6 +106,18 @@ class PhaseCallback(TrainerCallback):
         """
         em_step_(run["model"])
 
+    def on_step_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Correct the KL weight for the steps that come.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands, the step just done included.
+            **run: Model and optimizer.
+        """
+        plan = args.phase_plan(state.max_steps)
+        if plan.sparsify_steps and plan.sparsify_start < state.global_step <= plan.recover_start:
+            self.steering.look_(run["model"], args, plan, step=state.global_step)
+
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Cut where no step of recovery did: there is none, or training was stopped before.
 
@@ -114,6 +132,6 @@ class PhaseCallback(TrainerCallback):
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
     def _cut_(self, model: nn.Module, args: VDTrainingArguments) -> None:
-        mask_model_(model, relevance_mask(model, args.dropout_rate_threshold))
+        mask_model_(model, self.steering.mask(model, args))
         self.is_cut = True
         self.score("cut")

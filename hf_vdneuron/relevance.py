@@ -14,7 +14,7 @@ from hf_vdneuron.masks import RelevanceMask, end_units
 from hf_vdneuron.sublayers import Slice, Sublayer
 
 
-__all__ = ["DROPOUT_RATE_THRESHOLD", "irrelevant_weight_share", "relevance_mask", "unit_relevance"]
+__all__ = ["DROPOUT_RATE_THRESHOLD", "expected_units", "irrelevant_weight_share", "relevance_mask", "unit_relevance"]
 
 #: A weight is irrelevant if its dropout rate is above this (method: Irrelevance); ties are kept.
 DROPOUT_RATE_THRESHOLD = 0.99
@@ -88,6 +88,36 @@ def relevance_mask(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) 
         sublayer.path: end_units(sublayer, _sum_sides(model, sublayer, relevant) == 0)
         for sublayer in find_sublayers(model)
     })
+
+
+@torch.no_grad()
+def expected_units(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) -> dict[str, float]:
+    """Tell how many units a posterior is about to keep: of each, the share of its weights that is still relevant.
+
+    Until the last weight of a side is irrelevant the rule keeps a unit whole; this sees it go.
+
+    Args:
+        model: A patched model.
+        threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
+
+    Returns:
+        Path of each sub-layer -> the sum over its units of the share on the side that has least, at most the number
+        of units. A side that is not variational keeps its units.
+    """
+
+    def relevant(layer: VariationalLayer) -> Tensor:
+        return (~_irrelevant(layer, threshold)).to(layer.log_var.dtype)
+
+    expected = {}
+    for sublayer in find_sublayers(model):
+        counts, totals = (_sum_sides(model, sublayer, measure) for measure in (relevant, _ones))
+        shares = torch.where(counts.isfinite(), counts / totals, 1.0)
+        expected[sublayer.path] = shares.amin(0).sum().item()
+    return expected
+
+
+def _ones(layer: VariationalLayer) -> Tensor:
+    return torch.ones_like(layer.log_var)
 
 
 @torch.no_grad()

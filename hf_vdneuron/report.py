@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came out of a run, as data: everything measured, ready for JSON."""
 
-import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 
 from hf_vdneuron.budget import body_cost, units_left
 from hf_vdneuron.latency import measure_latency, text_inputs
-from hf_vdneuron.modeling_vdneuron import native_class
 from hf_vdneuron.sublayers import Unit
 
 
@@ -22,7 +20,6 @@ __all__ = [
     "RunReport",
     "ScoreReport",
     "SpeedReport",
-    "dense_twin",
     "device_name",
     "environment",
     "report_model",
@@ -174,20 +171,6 @@ def report_score(result: Mapping[str, Any], *, max_length: int, batch_size: int)
     """
     metrics = {name: value for name, value in result.items() if isinstance(value, float) and name != "score"}
     return ScoreReport(metrics, result["split"], result["num_examples"], max_length, batch_size)
-
-
-def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the dense model that a pruned one was cut from, with random weights, on the same device.
-
-    Args:
-        model: A pruned model.
-
-    Returns:
-        A model of the native class and config.
-    """
-    config = copy.deepcopy(model.config)
-    config.vdneuron = None
-    return native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
 
 
 def report_speed(

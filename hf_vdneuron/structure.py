@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find out what is left of a model that was cut, and make it save itself that way."""
+"""Find out what is left of a model that was cut and what it was cut from, and make it save itself that way."""
 
 import copy
 import reprlib
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_vdneuron.modeling_vdneuron import PrunedStructure, adopt_, native_class
 
 
-__all__ = ["as_pruned_model_", "find_structure"]
+__all__ = ["as_pruned_model_", "dense_twin", "find_structure"]
 
 
 def as_pruned_model_(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,6 +63,20 @@ def find_structure(model: PreTrainedModel) -> PrunedStructure:
             "what else was changed."
         )
     return structure
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Build the dense model that a pruned one was cut from, with random weights, on the same device.
+
+    Args:
+        model: A pruned model.
+
+    Returns:
+        A model of the native class and config.
+    """
+    config = copy.deepcopy(model.config)
+    config.vdneuron = None
+    return native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
 
 
 def _tensor_shapes(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron.checkpoints import native_names
+from hf_vdneuron.checkpoints import load_steering, native_names, save_steering
 from hf_vdneuron.checks import require_examples, require_kl_gradient, require_no_scheduler
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
@@ -23,7 +23,8 @@ from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.phases import PhaseCallback
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
-from hf_vdneuron.schedules import Phase, PhasePlan, default_kl_weight, kl_weight_at
+from hf_vdneuron.schedules import Phase, PhasePlan
+from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -79,7 +80,8 @@ class VDTrainer(Trainer):
         self._teacher = Teacher(teacher)
         self._means = RunningMeans()
         self._honours_num_items: bool | None = None
-        self._phases = PhaseCallback(self._teacher, self._means, self._score)
+        self._steering = Steering(max_length, lambda: self.num_data)
+        self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score)
         if model is not None:
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
@@ -134,15 +136,7 @@ class VDTrainer(Trainer):
     @property
     def kl_weight(self) -> float:
         """Weight of the KL term at the step that comes next; 0 outside sparsification."""
-        if self.phase is not Phase.SPARSIFY:
-            return 0.0
-        final = self.args.kl_weight
-        return kl_weight_at(
-            *self.plan.position(self.state.global_step),
-            kl_weight=default_kl_weight(self.num_data) if final is None else final,
-            ramp=self.args.kl_ramp,
-            start=self.args.kl_start,
-        )
+        return self._steering.kl_weight(self.args, self.plan, step=self.state.global_step)
 
     # ---- Objective ----
 
@@ -299,14 +293,18 @@ class VDTrainer(Trainer):
         return next((logs[name] for logs in reversed(self.state.log_history) if name in logs), None)
 
     def mask(self) -> RelevanceMask:
-        """Tell what is kept: by the rule until the cut of a run, by the masks after it.
+        """Tell what is kept: by the target or the rule until the cut of a run, by the masks after it.
 
         Returns:
             The mask that `prune()` would apply now.
         """
-        if self.plan.sparsify_steps and not self._phases.is_cut:
-            return relevance_mask(self.model, self.args.dropout_rate_threshold)
+        if self._is_to_be_cut:
+            return self._steering.mask(self.model, self.args)
         return read_mask(self.model)
+
+    @property
+    def _is_to_be_cut(self) -> bool:
+        return self.plan.sparsify_steps > 0 and not self._phases.is_cut
 
     def prune(self) -> PreTrainedModel:
         """Remove irrelevant heads and neurons for good; the trainer then holds, saves and pushes the pruned model.
@@ -337,9 +335,11 @@ class VDTrainer(Trainer):
         if "loss" in logs:
             logs |= self._means.take()
             if variational_layers(self.model):
-                logs |= {"kl_weight": self.kl_weight} | structure_logs(
-                    self.model, self.mask(), threshold=self.args.dropout_rate_threshold, length=self.max_length
-                )
+                threshold = self.args.dropout_rate_threshold
+                # What the rule would keep shows how far the posterior is; the target's cut is the same at every step.
+                mask = relevance_mask(self.model, threshold) if self._is_to_be_cut else read_mask(self.model)
+                logs |= {"kl_weight": self.kl_weight} | self._steering.logs()
+                logs |= structure_logs(self.model, mask, threshold=threshold, length=self.max_length)
         super().log(logs, start_time)
 
     # ---- Checkpoints: private methods of the Trainer, watched by tests/test_trainer.py ----
@@ -356,12 +356,15 @@ class VDTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
-        """Put the run's own teacher beside the weights, and first: a checkpoint cut short then cannot lack it."""
+        """Put what a resumed run needs beside the weights, and first: a checkpoint cut short then cannot lack it."""
         if self.args.should_save:
-            self._teacher.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self._teacher.save(checkpoint)
+            save_steering(self._steering.state(), checkpoint)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Take the run's own teacher back."""
+        """Take back what the run had beside its weights."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._teacher.load_(resume_from_checkpoint, self.model)
+        self._steering.load_(load_steering(resume_from_checkpoint))

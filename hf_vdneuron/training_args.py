@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from transformers import TrainingArguments
 
@@ -11,7 +12,20 @@ from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, PhasePlan
 
 
-__all__ = ["VDTrainingArguments"]
+__all__ = ["SpeedupFrom", "VDTrainingArguments"]
+
+#: The options that say what to arrive at. At most one is set.
+_TARGETS = ("target_speedup", "target_sparsity", "target_params")
+
+
+class SpeedupFrom(StrEnum):
+    """What a speed-up is a ratio of."""
+
+    MACS = "macs"
+    """Multiply-accumulates of heads and neurons: the same everywhere."""
+    LATENCY = "latency"
+    """Seconds of a forward of the whole model, measured on the device of the run."""
+
 
 #: What a finite number has to be: names of the options, test, and the test in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -23,6 +37,9 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("kl_ramp", "distillation_weight"), lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     (("dropout_rate_threshold",), lambda value: 0 < value < 1, "a number between 0 and 1, without the two"),
     (("kl_start",), lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    (("target_speedup",), lambda value: value > 1, "a number above 1"),
+    (("target_sparsity",), lambda value: 0 < value < 1, "a number between 0 and 1, without the two"),
+    (("latency_batch_size", "target_params"), lambda value: value >= 1, "a number of at least 1"),
     (
         ("kl_weight", "log_var_distance", "group_scale_distance", "distillation_temperature", "num_data"),
         lambda value: value > 0,
@@ -40,7 +57,31 @@ class VDTrainingArguments(TrainingArguments):
     first 300 fine-tune, 500 sparsify and 200 recover.
 
     A model that is fine-tuned already starts with `finetune_fraction=0`.
+
+    With one of the targets, the run arrives at it and finds the weight of the KL term on the way. Without any, the
+    weight is fixed and the dropout-rate rule decides how much goes.
     """
+
+    target_speedup: float | None = field(
+        default=None,
+        metadata={"help": "How many times faster the heads and neurons shall be, above 1. Counted by `speedup_from`."},
+    )
+    speedup_from: SpeedupFrom = field(
+        default=SpeedupFrom.MACS,
+        metadata={
+            "help": "What a speed-up is a ratio of: multiply-accumulates of heads and neurons (macs), or seconds of a "
+            "forward of the whole model, measured on the device of the run (latency)."
+        },
+    )
+    latency_batch_size: int = field(
+        default=1, metadata={"help": "Sequences in a forward whose latency is measured for `speedup_from`."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Share of the weights of heads and neurons to remove, between 0 and 1."}
+    )
+    target_params: int | None = field(
+        default=None, metadata={"help": "How many parameters the whole model may have in the end."}
+    )
 
     finetune_fraction: float = field(
         default=0.3, metadata={"help": "Share of the run that fine-tunes the dense model; 0 skips it."}
@@ -54,8 +95,8 @@ class VDTrainingArguments(TrainingArguments):
     kl_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Final weight of the KL term. By default `num_data` / 3,000,000: a pretrained weight stands for "
-            "far more evidence than the examples of one task."
+            "help": "Final weight of the KL term. By default it is found for a target; without one it is `num_data` / "
+            "3,000,000, as a pretrained weight stands for far more evidence than the examples of one task."
         },
     )
     kl_ramp: float = field(
@@ -107,10 +148,11 @@ class VDTrainingArguments(TrainingArguments):
         """Check the ranges.
 
         Raises:
-            ValueError: If a value is out of its range, or gradient checkpointing is reentrant.
+            ValueError: If a value is out of its range, there are two targets, or gradient checkpointing is reentrant.
         """
         super().__post_init__()
         self._check_ranges()
+        self.target  # noqa: B018  # refuses two of them
         options = self.gradient_checkpointing_kwargs
         if self.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
             raise ValueError(
@@ -120,6 +162,9 @@ class VDTrainingArguments(TrainingArguments):
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 
     def _check_ranges(self) -> None:
+        if self.speedup_from not in list(SpeedupFrom):
+            raise ValueError(f"`speedup_from` is {self.speedup_from!r}: expected {' or '.join(SpeedupFrom)}.")
+        self.speedup_from = SpeedupFrom(self.speedup_from)
         for names, is_valid, expected in _RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -129,6 +174,26 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are all 0: expected one above 0."
             )
+
+    @property
+    def target(self) -> str | None:
+        """Name of the target that is set, None if there is none.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} are set: expected at most one target.")
+        return given[0] if given else None
+
+    @property
+    def goal(self) -> str:
+        """What decides how much goes, for people: the target with its value, or the rule."""
+        if self.target is None:
+            return f"dropout rate above {self.dropout_rate_threshold}"
+        source = f" in {self.speedup_from}" if self.target == "target_speedup" else ""
+        return f"{self.target} {getattr(self, self.target):g}{source}"
 
     @property
     def decay(self) -> Decay:

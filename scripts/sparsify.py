@@ -272,7 +272,7 @@ def report_run(trainer: GlueTrainer, job: Job, train_seconds: float) -> RunRepor
     return RunReport(
         base_model=model_name(data_args.model_name_or_path),
         task=job.task.name,
-        target=f"dropout rate above {args.dropout_rate_threshold}",
+        target=args.goal,
         command=job.command,
         dense=report_model(start, trainer.milestone_score("dense"), precision=(*autocast, "fp32")[0]),
         pruned=report_model(pruned, result["score"]),

@@ -14,7 +14,13 @@ from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.masks import mask_model_
 from hf_vdneuron.patching import patch_model_
-from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD, irrelevant_weight_share, relevance_mask, unit_relevance
+from hf_vdneuron.relevance import (
+    DROPOUT_RATE_THRESHOLD,
+    expected_units,
+    irrelevant_weight_share,
+    relevance_mask,
+    unit_relevance,
+)
 
 
 #: log(s^2 / mu^2) on either side of the rule, which cuts at log 99 = 4.6.
@@ -215,6 +221,32 @@ def test_irrelevant_share_counts_single_weights() -> None:
         irrelevant = sum(math.exp(log_var) / (math.exp(log_var) + mean**2) > threshold for mean, log_var in weights)
         assert irrelevant_weight_share(model, threshold) == irrelevant / len(weights)
     assert 0 < irrelevant_weight_share(model, 0.5) < 1
+
+
+@pytest.mark.parametrize("grouping", Grouping)
+def test_expected_units_against_a_loop(grouping: Grouping) -> None:
+    model = tiny_model("distilbert")
+    where = places(model)
+    randomised_posterior_(patch_model_(model, VDConfig(grouping=grouping)))
+    found = expected_units(model, threshold=0.9)
+    assert set(found) == set(where)
+    for path, place in where.items():
+        expected = 0.0
+        for unit in range(place.num_units):
+            sides = (weights_of(model, place, side, unit) for side in (0, 1))
+            known = [weights for weights in sides if weights is not None]
+            expected += min(sum(var / (var + mean**2) <= 0.9 for mean, var in part) / len(part) for part in known)
+        assert found[path] == pytest.approx(expected)
+        assert 0 < found[path] < place.num_units
+
+
+def test_sublayers_left_alone_are_expected_whole() -> None:
+    model = patch_model_(tiny_model("bert"), VDConfig(exclude=["*.layer.0.*"]))
+    for layer in variational_layers(model).values():
+        layer.log_var.data.fill_(30.0)
+    where = places(model)
+    expected = [place.num_units if ".0." in path else 0 for path, place in where.items()]
+    assert [expected_units(model)[path] for path in where] == expected
 
 
 def test_dense_model_has_no_irrelevant_weight() -> None:

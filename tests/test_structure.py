@@ -25,7 +25,7 @@ from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.modeling_vdneuron import PrunedStructure
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.structure import as_pruned_model_, find_structure
+from hf_vdneuron.structure import as_pruned_model_, dense_twin, find_structure
 
 
 TOLERANCE = 1e-5  # fp32, as promised for pruned against masked models
@@ -142,3 +142,13 @@ def test_decoder_without_heads_in_its_first_layer_counts_what_is_cached(family: 
     logits = [pruned(part, past_key_values=cache, use_cache=True).logits for part in prompt.split(2, dim=1)]
     expected = masked(prompt, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=TOLERANCE, rtol=0)
+
+
+@families
+def test_a_dense_twin_has_the_sizes_of_what_was_cut(family: str) -> None:
+    dense = dense_model(family, "sequence_classification")
+    shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    for model in (patch_model_(deepcopy(dense)), as_pruned_model_(cut_(dense))):
+        twin = dense_twin(model)
+        assert {name: tensor.shape for name, tensor in twin.state_dict().items()} == shapes
+    assert dense.config.vdneuron is not None

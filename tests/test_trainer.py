@@ -222,8 +222,7 @@ def run(output_dir: Path, *, resume_from: int | None = None, **options: Any) -> 
         save_steps=1,
         gradient_accumulation_steps=2,
         per_device_train_batch_size=4,
-        **PRUNING,
-        **options,
+        **(PRUNING | options),
     )
     checkpoint = None if resume_from is None else str(output_dir / f"checkpoint-{resume_from}")
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -236,11 +235,30 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return folder, run(folder)
 
 
+#: A run whose KL weight is found on the way.
+STEERED = {"kl_weight": None, "target_speedup": 1.5}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_to_target(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("steered")
+    return folder, run(folder, **STEERED)
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 7, 8, 9, 11])
 def test_a_resumed_run_ends_bit_equal(uninterrupted: Run, tmp_path: Path, step: int) -> None:
+    require_same_end(uninterrupted, tmp_path, step)
+
+
+@pytest.mark.parametrize("step", [4, 5, 6, 8, 9])
+def test_a_resumed_run_to_a_target_ends_bit_equal(uninterrupted_to_target: Run, tmp_path: Path, step: int) -> None:
+    require_same_end(uninterrupted_to_target, tmp_path, step, **STEERED)
+
+
+def require_same_end(uninterrupted: Run, tmp_path: Path, step: int, **options: Any) -> None:
     folder, expected = uninterrupted
     (tmp_path / f"checkpoint-{step}").symlink_to(folder / f"checkpoint-{step}")
-    state = run(tmp_path, resume_from=step)
+    state = run(tmp_path, resume_from=step, **options)
     assert state.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(state[name], expected[name])]
     assert different == []
@@ -256,6 +274,16 @@ def test_a_checkpoint_that_lost_its_teacher_is_refused(uninterrupted: Run, tmp_p
     assert run(tmp_path, resume_from=7, distillation_weight=0)
 
 
+def test_a_checkpoint_that_lost_its_steering_is_refused(uninterrupted_to_target: Run, tmp_path: Path) -> None:
+    folder, _ = uninterrupted_to_target
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(folder / checkpoint.name, checkpoint)
+    (checkpoint / "steering.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint of step 6 does not say which KL weight"):
+        run(tmp_path, resume_from=6, **STEERED)
+    assert run(tmp_path, resume_from=6, **(STEERED | {"kl_weight": 1e-3}))
+
+
 def test_the_teacher_is_saved_before_anything_that_a_run_resumes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +294,7 @@ def test_the_teacher_is_saved_before_anything_that_a_run_resumes_from(
     monkeypatch.setattr(Trainer, "_save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [path.name for path in (tmp_path / "checkpoint-5").iterdir()] == ["teacher.safetensors"]
+    assert {path.name for path in (tmp_path / "checkpoint-5").iterdir()} == {"teacher.safetensors", "steering.json"}
 
 
 def test_the_interrupted_run_is_one_that_could_differ(uninterrupted: Run) -> None:

@@ -41,6 +41,15 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
         ({"distillation_weight": NAN}, "`distillation_weight` is nan"),
         ({"distillation_temperature": 0.0}, "`distillation_temperature` is 0.0"),
         ({"num_data": 0}, "`num_data` is 0"),
+        ({"target_speedup": 1.0}, "`target_speedup` is 1.0: expected a number above 1"),
+        ({"target_sparsity": 1.0}, "`target_sparsity` is 1.0: expected a number between 0 and 1"),
+        ({"target_params": 0}, "`target_params` is 0: expected a number of at least 1"),
+        ({"latency_batch_size": 0}, "`latency_batch_size` is 0"),
+        ({"speedup_from": "flops"}, "`speedup_from` is 'flops': expected macs or latency"),
+        (
+            {"target_speedup": 2.0, "target_params": 9},
+            "`target_speedup` and `target_params` are set: expected at most one",
+        ),
         ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
@@ -81,3 +90,23 @@ def test_every_field_is_a_flag(tmp_path: Path) -> None:
     args, config = parser.parse_args_into_dataclasses(flags)
     assert args.kl_weight == 0.5
     assert config == VDConfig(prior="group", exclude=["a*", "b*"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "goal"),
+    [
+        ([], "dropout rate above 0.99"),
+        (["--target_speedup", "2"], "target_speedup 2 in macs"),
+        (["--target_speedup", "1.5", "--speedup_from", "latency"], "target_speedup 1.5 in latency"),
+        (["--target_sparsity", "0.6"], "target_sparsity 0.6"),
+        (["--target_params", "2000000"], "target_params 2e+06"),
+    ],
+    ids=["rule", "macs", "latency", "sparsity", "parameters"],
+)
+def test_the_goal_is_told_in_words(tmp_path: Path, flags: list[str], goal: str) -> None:
+    (args,) = HfArgumentParser(VDTrainingArguments).parse_args_into_dataclasses([
+        "--output_dir",
+        str(tmp_path),
+        *flags,
+    ])
+    assert args.goal == goal

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from benchmarks.cell import EVAL_BATCH_SIZE, Cell
 from hf_vdneuron.budget import body_cost
 from hf_vdneuron.latency import measure_latency, text_inputs
-from hf_vdneuron.report import dense_twin
+from hf_vdneuron.structure import dense_twin
 
 
 __all__ = ["DOORS", "commit", "latencies", "score_in_new_process"]

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run arrives where it was asked to: how hard the KL pulls, and what the cut keeps."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_vdneuron.budget import Budget, Costs, keep_within
+from hf_vdneuron.latency import text_inputs
+from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
+from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.relevance import expected_units, relevance_mask, unit_relevance
+from hf_vdneuron.schedules import (
+    Phase,
+    PhasePlan,
+    default_kl_weight,
+    first_kl_weight,
+    kl_weight_at,
+    removal_path,
+    steer_kl_weight,
+)
+from hf_vdneuron.targets import target_budget
+from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
+
+
+__all__ = ["Steering"]
+
+#: How often the controller looks at the posterior in one sparsification: a look costs a pass over its weights.
+LOOKS = 100
+
+
+class Steering:
+    """Where a run is going: how hard the KL pulls at each step, and what the cut keeps.
+
+    With a target, the KL weight follows a controller, and the cut keeps what says most for its cost. Without one, the
+    weight follows its schedule, and the dropout-rate rule decides.
+
+    Args:
+        length: Tokens of a sequence for which a speed-up is asked.
+        num_data: Function that gives the number of terms that the loss is the mean of.
+
+    Attributes:
+        removed: Share of what has to go for the target that the posterior is about to let go, None before the first
+            look.
+    """
+
+    def __init__(self, length: int, num_data: Callable[[], int]) -> None:
+        self.length = length
+        self.num_data = num_data
+        self.removed: float | None = None
+        self._costs: Costs | None = None
+        self._budget: Budget | None = None
+        self._table: LatencyTable | None = None
+        #: Both are 0 until they are known.
+        self._kl_weight, self._cost_at_start = 0.0, 0.0
+
+    # ---- Setting out ----
+
+    def begin_(self, model: PreTrainedModel, args: VDTrainingArguments, plan: PhasePlan, *, step: int) -> None:
+        """Find out what the target of a run means for its model.
+
+        Args:
+            model: The patched model.
+            args: Arguments of the run.
+            plan: Its phases.
+            step: Steps done, when it is resumed.
+
+        Raises:
+            ValueError: If the target is out of reach, or the checkpoint lacks what the run knew.
+        """
+        self.removed = None
+        if step <= plan.sparsify_start:
+            self._kl_weight, self._cost_at_start = 0.0, 0.0
+        if step == 0:
+            self._table = None
+        self._costs, self._budget = None, None
+        if args.target is None or not plan.sparsify_steps:
+            return
+        costs = Costs(model, length=self.length)
+        if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY and self._table is None:
+            self._table = _measure_once(model, args, self.length)
+        budget = target_budget(args, costs, self._table)
+        budget.require_reachable({
+            path: int((~values.amin(0).isfinite()).sum()) for path, values in unit_relevance(model).items()
+        })
+        self._costs, self._budget = costs, budget
+        if not self._kl_weight:
+            if plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
+                raise ValueError(
+                    f"The checkpoint of step {step} does not say which KL weight the run had reached: expected "
+                    f"its steering in it. Resume from another one, or set `kl_weight`."
+                )
+            self._kl_weight = first_kl_weight(self.num_data(), budget.limit / budget.cost({}))
+
+    # ---- On the way ----
+
+    def kl_weight(self, args: VDTrainingArguments, plan: PhasePlan, *, step: int) -> float:
+        """Weigh the KL term.
+
+        Args:
+            args: Arguments of the run.
+            plan: Its phases.
+            step: Steps done.
+
+        Returns:
+            Weight at the step that comes next; 0 outside sparsification.
+        """
+        if plan.phase_at(step) is not Phase.SPARSIFY:
+            return 0.0
+        if self._is_steered(args):
+            return self._kl_weight
+        final = default_kl_weight(self.num_data()) if args.kl_weight is None else args.kl_weight
+        return kl_weight_at(*plan.position(step), kl_weight=final, ramp=args.kl_ramp, start=args.kl_start)
+
+    def _is_steered(self, args: VDTrainingArguments) -> bool:
+        return self._budget is not None and args.kl_weight is None
+
+    def look_(self, model: nn.Module, args: VDTrainingArguments, plan: PhasePlan, *, step: int) -> None:
+        """See how far the posterior is, now and then, and correct the KL weight.
+
+        Args:
+            model: The patched model.
+            args: Arguments of the run.
+            plan: Its phases.
+            step: Steps done, in this run and with the one just done.
+        """
+        done, every = step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
+        if self._budget is None or not 0 <= done <= plan.sparsify_steps or done % every:
+            return
+        cost = self._budget.cost(expected_units(model, args.dropout_rate_threshold))
+        if done == 0:
+            self._cost_at_start = cost
+            return
+        self.removed = (self._cost_at_start - cost) / (self._cost_at_start - self._budget.limit)
+        if self._is_steered(args):
+            self._kl_weight = steer_kl_weight(
+                self._kl_weight,
+                behind=removal_path(done / plan.sparsify_steps) - self.removed,
+                share_of_phase=every / plan.sparsify_steps,
+            )
+
+    # ---- Arriving ----
+
+    def mask(self, model: nn.Module, args: VDTrainingArguments) -> RelevanceMask:
+        """Choose what is kept.
+
+        Args:
+            model: The patched model.
+            args: Arguments of the run.
+
+        Returns:
+            What the target allows; without one, what the rule does not find irrelevant.
+        """
+        if self._budget is None or self._costs is None:
+            return relevance_mask(model, args.dropout_rate_threshold)
+        return keep_within(self._costs.sublayers, unit_relevance(model), self._budget)
+
+    def logs(self) -> dict[str, float]:
+        """Return the share of what has to go that the posterior is about to let go, once it was looked at."""
+        return {} if self.removed is None else {"expected_removal": self.removed}
+
+    # ---- Being resumed ----
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep, as JSON types."""
+        return {
+            "kl_weight": self._kl_weight,
+            "cost_at_start": self._cost_at_start,
+            "latency_table": self._table and self._table.to_json(),
+        }
+
+    def load_(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what `state` gave.
+
+        Args:
+            state: The state of the run that is resumed, None if its checkpoint has none.
+        """
+        state = state or Steering(self.length, self.num_data).state()
+        self._kl_weight, self._cost_at_start = state["kl_weight"], state["cost_at_start"]
+        table = state["latency_table"]
+        self._table = table and LatencyTable.from_json(table)
+
+
+def _measure_once(model: PreTrainedModel, args: VDTrainingArguments, length: int) -> LatencyTable:
+    """Measure on the first process, and tell the others: two clocks would ask for two structures."""
+    table: list[LatencyTable | None] = [None]
+    if args.process_index == 0:
+        inputs = text_inputs(batch_size=args.latency_batch_size, length=length, device=model.device)
+        table = [measure_latency_table(model, inputs)]
+    return broadcast_object_list(table)[0]

@@ -1,0 +1,128 @@
+"""A run with a target arrives at it, and the KL weight moves towards it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import NUM_ROWS, PRUNING, make_trainer, tiny_bert
+
+from hf_vdneuron.budget import Costs, unit_counts
+from hf_vdneuron.config import VDConfig
+from hf_vdneuron.latency_table import LatencyTable
+from hf_vdneuron.masks import read_mask
+from hf_vdneuron.schedules import CONTROLLER_GAIN, first_kl_weight, removal_path, steer_kl_weight
+from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.trainer import VDTrainer
+
+
+LENGTH = 6
+
+TARGETS: dict[str, dict[str, float]] = {
+    "speedup": {"target_speedup": 1.6},
+    "sparsity": {"target_sparsity": 0.4},
+    "parameters": {"target_params": 4_000},
+}
+
+
+def steered(folder: Path, **options: Any) -> VDTrainer:
+    return make_trainer(folder, trainer_options={"max_length": LENGTH}, **(PRUNING | {"kl_weight": None} | options))
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_run_arrives_at_its_target(target: dict[str, float], tmp_path: Path) -> None:
+    trainer = steered(tmp_path, **target)
+    dense = Costs(trainer.model, length=LENGTH)
+    model = trainer.train() and trainer.prune()
+    left = Costs(model, length=LENGTH)
+    cheapest = min(dense.weights({}) - dense.weights({part.path: part.num_units - 1}) for part in dense.sublayers)
+    (name, asked), *_ = target.items()
+    if name == "target_params":
+        assert 0 <= asked - model.num_parameters() <= cheapest + 1
+    elif name == "target_sparsity":
+        assert 0 <= (1 - left.weights({}) / dense.weights({})) - asked <= cheapest / dense.weights({})
+    else:
+        speedup = dense.macs({}) / left.macs({})
+        assert dense.macs({}) / (left.macs({}) + LENGTH * cheapest) < asked <= speedup
+
+
+def test_a_fixed_weight_stays_fixed_and_the_target_is_met_all_the_same(tmp_path: Path) -> None:
+    trainer = steered(tmp_path, target_speedup=1.6, kl_weight=4.0)
+    trainer.train()
+    assert {logs["kl_weight"] for logs in trainer.state.log_history if "kl_weight" in logs} == {0.0, 4.0}
+    counts = unit_counts(Costs(trainer.model, length=LENGTH).sublayers, read_mask(trainer.model))
+    assert sum(counts.values()) < sum(part.num_units for part in Costs(trainer.model, length=LENGTH).sublayers)
+
+
+def test_the_weight_rises_where_the_posterior_lags(tmp_path: Path) -> None:
+    # At these rates nothing goes.
+    trainer = steered(tmp_path, target_speedup=50.0, max_steps=60, log_var_distance=0.1, group_scale_distance=0.1)
+    trainer.train()
+    weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
+    assert weights[0] == first_kl_weight(NUM_ROWS, 1 / 50)
+    assert weights[-1] > 2 * weights[0]
+
+
+def test_the_weight_falls_where_more_goes_than_has_to(tmp_path: Path) -> None:
+    trainer = steered(tmp_path, target_speedup=1.05, max_steps=60, log_var_distance=30.0)
+    trainer.train()
+    weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
+    assert weights[-1] < weights[0]
+
+
+def test_one_move_of_the_controller() -> None:
+    assert steer_kl_weight(0.02, behind=0.0, share_of_phase=0.01) == 0.02
+    moved = steer_kl_weight(0.02, behind=0.1, share_of_phase=0.1)
+    assert moved == pytest.approx(0.02 * 2.718281828 ** (CONTROLLER_GAIN / 100))
+    assert steer_kl_weight(moved, behind=-0.1, share_of_phase=0.1) == pytest.approx(0.02)
+
+
+def test_the_path_rises_from_nothing_to_all() -> None:
+    path = [removal_path(step / 50) for step in range(51)]
+    assert path == sorted(path)
+    assert path[0] == 0
+    assert path[-1] == pytest.approx(1, abs=0.01)
+
+
+def test_a_target_out_of_reach_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    trainer = steered(tmp_path, target_sparsity=0.9)
+    trainer = VDTrainer(
+        model=tiny_bert(),
+        args=trainer.args,
+        vd_config=VDConfig(exclude=("*attention*",)),
+        train_dataset=trainer.train_dataset,
+    )
+    with pytest.raises(
+        ValueError, match=r"`target_sparsity` is 0\.9: with every patched head and neuron gone it is 0\."
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latency_is_measured_once_and_kept_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measured(model: object, inputs: dict[str, Any]) -> LatencyTable:
+        calls.append(tuple(inputs["input_ids"].shape))
+        return LatencyTable(
+            2,
+            LENGTH,
+            1.0,
+            0.1,
+            {Unit.HEAD: [2, 4], Unit.NEURON: [12, 24]},
+            {Unit.HEAD: [0.3, 0.4], Unit.NEURON: [0.4, 0.7]},
+        )
+
+    monkeypatch.setattr("hf_vdneuron.steering.measure_latency_table", measured)
+    options = {"target_speedup": 1.5, "speedup_from": "latency", "latency_batch_size": 2}
+    trainer = steered(tmp_path, save_strategy="steps", save_steps=6, **options)
+    trainer.train()
+    assert calls == [(2, LENGTH)]
+    expected = read_mask(trainer.model)
+    table = trainer._steering._table
+    resumed = steered(tmp_path, save_strategy="steps", save_steps=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert len(calls) == 1
+    counts = unit_counts(Costs(resumed.model, length=LENGTH).sublayers, read_mask(resumed.model))
+    assert counts == unit_counts(Costs(trainer.model, length=LENGTH).sublayers, expected)
+    assert table.predict(Costs(trainer.model, length=LENGTH).sublayers, counts) <= table.dense / 1.5
