@@ -2,6 +2,7 @@
 """What a run's checkpoints hold beyond what the Trainer writes: teacher, steering, parameters by loadable names."""
 
 import json
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,9 +12,22 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-__all__ = ["has_teacher", "load_steering", "load_teacher_", "native_names", "save_steering", "save_teacher"]
+__all__ = [
+    "has_teacher",
+    "is_complete",
+    "last_checkpoint",
+    "load_steering",
+    "load_teacher_",
+    "native_names",
+    "open_checkpoint",
+    "require_complete",
+    "save_steering",
+    "save_teacher",
+]
 
 #: Inside a checkpoint: weights of the teacher, and where the run was going.
 TEACHER_FILE, STEERING_FILE = "teacher.safetensors", "steering.json"
@@ -36,9 +50,8 @@ def save_teacher(teacher: nn.Module, checkpoint: str | Path) -> None:
 
     Args:
         teacher: The teacher.
-        checkpoint: Folder of a checkpoint; made if it is not there yet.
+        checkpoint: Folder of a checkpoint.
     """
-    Path(checkpoint).mkdir(parents=True, exist_ok=True)
     save_model(teacher, str(Path(checkpoint) / TEACHER_FILE))
 
 
@@ -52,14 +65,85 @@ def load_teacher_(teacher: nn.Module, checkpoint: str | Path) -> None:
     load_model(teacher, Path(checkpoint) / TEACHER_FILE)
 
 
+def is_complete(checkpoint: str | Path) -> bool:
+    """Tell whether a checkpoint was saved to its end: the Trainer writes its own state last.
+
+    Args:
+        checkpoint: Its folder.
+
+    Returns:
+        Whether it was.
+    """
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(output_dir: str | Path) -> str:
+    """Find the checkpoint that a run can go on from, whatever the one before it was doing when it ended.
+
+    Args:
+        output_dir: Folder of the run.
+
+    Returns:
+        The last complete checkpoint.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = {
+        int(match[1]): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and is_complete(path)
+    }
+    if not found:
+        raise ValueError(
+            f"`{output_dir}` holds no complete checkpoint: expected a folder `{PREFIX_CHECKPOINT_DIR}-...` with a "
+            f"readable `{TRAINER_STATE_NAME}`. Start the run anew."
+        )
+    return str(found[max(found)])
+
+
+def require_complete(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that was being saved when its run ended.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        ValueError: If it is not complete.
+    """
+    if not is_complete(checkpoint):
+        raise ValueError(
+            f"Checkpoint `{checkpoint}` was not saved to its end: expected a readable `{TRAINER_STATE_NAME}` in it. "
+            "Resume from an earlier one, or with `resume_from_checkpoint=True` from the last complete one."
+        )
+
+
+def open_checkpoint(checkpoint: str | Path) -> Path:
+    """Begin a checkpoint: as long as it is being saved, it is not complete, also where an older one lies.
+
+    Args:
+        checkpoint: Its folder; made if it is not there yet.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    return folder
+
+
 def save_steering(state: Mapping[str, Any], checkpoint: str | Path) -> None:
     """Put where a run was going into a checkpoint.
 
     Args:
         state: What `Steering.state` gives.
-        checkpoint: Folder of a checkpoint; made if it is not there yet.
+        checkpoint: Folder of a checkpoint.
     """
-    Path(checkpoint).mkdir(parents=True, exist_ok=True)
     (Path(checkpoint) / STEERING_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 

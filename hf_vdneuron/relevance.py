@@ -91,29 +91,28 @@ def relevance_mask(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) 
 
 
 @torch.no_grad()
-def expected_units(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) -> dict[str, float]:
-    """Tell how many units a posterior is about to keep: of each, the share of its weights that is still relevant.
+def expected_units(model: nn.Module) -> dict[str, float]:
+    r"""Tell how many units a posterior is about to keep: each weight counts with its keep rate, :math:`1 - d_{ij}`.
 
-    Until the last weight of a side is irrelevant the rule keeps a unit whole; this sees it go.
+    Until the last weight of a side is irrelevant the rule keeps a unit whole. This sees it go from the first step on.
 
     Args:
         model: A patched model.
-        threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
 
     Returns:
-        Path of each sub-layer -> the sum over its units of the share on the side that has least, at most the number
-        of units. A side that is not variational keeps its units.
+        Path of each sub-layer -> the sum over its units of the mean keep rate, on the side where it is least. A side
+        that is not variational keeps its units.
     """
-
-    def relevant(layer: VariationalLayer) -> Tensor:
-        return (~_irrelevant(layer, threshold)).to(layer.log_var.dtype)
-
     expected = {}
     for sublayer in find_sublayers(model):
-        counts, totals = (_sum_sides(model, sublayer, measure) for measure in (relevant, _ones))
-        shares = torch.where(counts.isfinite(), counts / totals, 1.0)
-        expected[sublayer.path] = shares.amin(0).sum().item()
+        kept, weights = (_sum_sides(model, sublayer, measure) for measure in (_keep_rate, _ones))
+        rates = torch.where(kept.isfinite(), kept / weights, 1.0)
+        expected[sublayer.path] = rates.amin(0).sum().item()
     return expected
+
+
+def _keep_rate(layer: VariationalLayer) -> Tensor:
+    return 1 - dropout_rate(layer.mean.to(layer.log_var.dtype), layer.log_var)
 
 
 def _ones(layer: VariationalLayer) -> Tensor:

@@ -14,6 +14,7 @@ from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.relevance import expected_units, relevance_mask, unit_relevance
 from hf_vdneuron.schedules import (
+    KEPT_RATE,
     Phase,
     PhasePlan,
     default_kl_weight,
@@ -130,11 +131,11 @@ class Steering:
         done, every = step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
         if self._budget is None or not 0 <= done <= plan.sparsify_steps or done % every:
             return
-        cost = self._budget.cost(expected_units(model, args.dropout_rate_threshold))
+        cost = self._budget.cost(expected_units(model))
         if done == 0:
             self._cost_at_start = cost
             return
-        self.removed = (self._cost_at_start - cost) / (self._cost_at_start - self._budget.limit)
+        self.removed = (self._cost_at_start - cost) / (self._cost_at_start - KEPT_RATE * self._budget.limit)
         if self._is_steered(args):
             self._kl_weight = steer_kl_weight(
                 self._kl_weight,

@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron.checkpoints import load_steering, native_names, save_steering
+from hf_vdneuron.checkpoints import (
+    last_checkpoint,
+    load_steering,
+    native_names,
+    open_checkpoint,
+    require_complete,
+    save_steering,
+)
 from hf_vdneuron.checks import require_examples, require_kl_gradient, require_no_scheduler
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
 from hf_vdneuron.optimization import phase_scheduler, split_variational_
@@ -138,6 +147,26 @@ class VDTrainer(Trainer):
         """Weight of the KL term at the step that comes next; 0 outside sparsification."""
         return self._steering.kl_weight(self.args, self.plan, step=self.state.global_step)
 
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, trial: Trial | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """Fine-tune, sparsify and recover.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint to go on from, or True for the last complete one in
+                `output_dir`. One that was being saved when its run was killed is never taken for whole.
+            trial: Trial of a hyperparameter search.
+            **kwargs: Whatever else `Trainer.train` takes.
+
+        Returns:
+            What `Trainer.train` does: steps, loss and times.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
+        elif resume_from_checkpoint:
+            require_complete(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, **kwargs)
+
     # ---- Objective ----
 
     def compute_loss(
@@ -213,22 +242,12 @@ class VDTrainer(Trainer):
         return honours or self.compute_loss_func is not None
 
     def _detect_loss_scaling_(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Find out once whether the model divides its loss by `num_items_in_batch`, as the Trainer believes.
-
-        Many heads take the argument and ignore it, and the Trainer then multiplies their gradients by the number of
-        micro-batches (huggingface/transformers#47688).
-        """
+        """Find out once whether the model divides its loss by `num_items_in_batch`, as the Trainer believes."""
         is_own = self.compute_loss_func is not None or self.label_smoother is not None
         known = self._honours_num_items is not None or not self.model_accepts_loss_kwargs
-        if is_own or known or self.args.gradient_accumulation_steps == 1:
-            return
-        model.eval()
-        with torch.no_grad():
-            outputs = [model(**inputs, num_items_in_batch=torch.tensor(count)) for count in (1, 2)]
-        model.train()
-        losses = [out["loss"] if isinstance(out, dict) else out[0] for out in outputs]
-        self._honours_num_items = not torch.equal(*losses)
-        self.model_accepts_loss_kwargs = self._honours_num_items
+        if not (is_own or known or self.args.gradient_accumulation_steps == 1):
+            self._honours_num_items = honours_num_items(model, inputs)
+            self.model_accepts_loss_kwargs = self._honours_num_items
 
     # ---- Optimizer ----
 
@@ -338,7 +357,9 @@ class VDTrainer(Trainer):
                 threshold = self.args.dropout_rate_threshold
                 # What the rule would keep shows how far the posterior is; the target's cut is the same at every step.
                 mask = relevance_mask(self.model, threshold) if self._is_to_be_cut else read_mask(self.model)
-                logs |= {"kl_weight": self.kl_weight} | self._steering.logs()
+                logs |= {"kl_weight": self.kl_weight}
+                if self.phase is Phase.SPARSIFY:
+                    logs |= self._steering.logs()
                 logs |= structure_logs(self.model, mask, threshold=threshold, length=self.max_length)
         super().log(logs, start_time)
 
@@ -358,7 +379,8 @@ class VDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
         """Put what a resumed run needs beside the weights, and first: a checkpoint cut short then cannot lack it."""
         if self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoint = open_checkpoint(Path(self._get_output_dir(trial)) / name)
             self._teacher.save(checkpoint)
             save_steering(self._steering.state(), checkpoint)
         super()._save_checkpoint(model, trial)

@@ -21,6 +21,7 @@ DOWNHILL = [
     "modeling_vdneuron",
     "functional",
     "schedules",
+    "loss_scaling",
     "precision",
     "sublayers",
     "priors",

@@ -1,11 +1,14 @@
 """A run with a target arrives at it, and the KL weight moves towards it."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import NUM_ROWS, PRUNING, make_trainer, tiny_bert
+from torch import nn
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, unit_counts
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.latency_table import LatencyTable
@@ -53,20 +56,26 @@ def test_a_fixed_weight_stays_fixed_and_the_target_is_met_all_the_same(tmp_path:
     assert sum(counts.values()) < sum(part.num_units for part in Costs(trainer.model, length=LENGTH).sublayers)
 
 
-def test_the_weight_rises_where_the_posterior_lags(tmp_path: Path) -> None:
-    # At these rates nothing goes.
-    trainer = steered(tmp_path, target_speedup=50.0, max_steps=60, log_var_distance=0.1, group_scale_distance=0.1)
+@pytest.mark.parametrize(("share", "rises"), [(1.0, True), (0.0, False)], ids=["lags", "is-ahead"])
+def test_the_weight_follows_the_posterior(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rises: bool
+) -> None:
+    """Where nothing goes the weight rises all the way, where all is gone at once it falls."""
+    looks = []
+
+    def expected(model: nn.Module) -> dict[str, float]:
+        looks.append(model)
+        left = share if len(looks) > 1 else 1.0
+        return {part.path: left * part.num_units for part in find_sublayers(model)}
+
+    monkeypatch.setattr("hf_vdneuron.steering.expected_units", expected)
+    trainer = steered(tmp_path, target_speedup=2.0, max_steps=60)
     trainer.train()
     weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
-    assert weights[0] == first_kl_weight(NUM_ROWS, 1 / 50)
-    assert weights[-1] > 2 * weights[0]
-
-
-def test_the_weight_falls_where_more_goes_than_has_to(tmp_path: Path) -> None:
-    trainer = steered(tmp_path, target_speedup=1.05, max_steps=60, log_var_distance=30.0)
-    trainer.train()
-    weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
-    assert weights[-1] < weights[0]
+    assert len(looks) == 21
+    assert weights[0] == pytest.approx(first_kl_weight(NUM_ROWS, 1 / 2), rel=0.1)
+    steps = [after - before for before, after in pairwise(weights[1:])]
+    assert all(step > 0 if rises else step < 0 for step in steps)
 
 
 def test_one_move_of_the_controller() -> None:
