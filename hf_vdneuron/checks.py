@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.schedules import Phase
@@ -16,9 +17,14 @@ __all__ = [
     "require_examples",
     "require_kl_gradient",
     "require_no_scheduler",
+    "require_one_process_per_device",
     "require_own_teacher",
     "require_posterior",
 ]
+
+
+#: Stage of DeepSpeed's ZeRO that spreads the parameters themselves.
+ZERO_STAGE_OF_PARAMETERS = 3
 
 
 def require_no_scheduler(optimizers: tuple[object, object] | None) -> None:
@@ -35,6 +41,29 @@ def require_no_scheduler(optimizers: tuple[object, object] | None) -> None:
         raise ValueError(
             f"`optimizers` brings a `{type(scheduler).__name__}`: expected `(optimizer, None)`, as each phase has its "
             "own warm-up and decay. Choose them with `warmup_steps` and `lr_scheduler_type`."
+        )
+
+
+def require_one_process_per_device(args: VDTrainingArguments) -> None:
+    """Refuse ways to spread a model that lose its KL or cut its weights up.
+
+    Args:
+        args: Arguments of the run.
+
+    Raises:
+        ValueError: If the run would use `nn.DataParallel` or DeepSpeed's ZeRO-3.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} devices and would use `nn.DataParallel`, whose copies lose their KL: "
+            "expected one process per device. Start the run with `accelerate launch`, or show it one device with "
+            "`CUDA_VISIBLE_DEVICES=0`."
+        )
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if is_deepspeed_zero3_enabled() or getattr(plugin, "zero_stage", None) == ZERO_STAGE_OF_PARAMETERS:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 cuts weights into pieces that know no rows: expected whole weights on every device. "
+            "Use stage 1 or 2, FSDP through `accelerate`, or plain data parallelism."
         )
 
 

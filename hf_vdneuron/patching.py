@@ -24,6 +24,14 @@ PRIORS: dict[PriorType, type[GroupPrior]] = {
 }
 
 
+#: Attribute that tells that the layers of a model are not its own plain ones -> how they became so, and the way out.
+_NOT_PLAIN = {
+    "is_quantized": ("quantised", "load it without a quantization config, and quantise what is left after pruning"),
+    "peft_config": ("PEFT-wrapped", "merge its adapters with `merge_and_unload()`, or add them to the pruned model"),
+    "tp_size": ("split over devices by tensor parallelism", "load it without `tp_plan`"),
+}
+
+
 @dataclass(frozen=True)
 class _Claim:
     """A sub-layer's wish that a weight matrix share a prior named `key`."""
@@ -65,6 +73,13 @@ def _assign(sublayers: list[Sublayer], config: VDConfig) -> dict[str, _Claim]:
     for claim in claims:
         assigned.setdefault(claim.part.module, claim)
     return assigned
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Refuse a model whose weights are packed, wrapped or in pieces."""
+    for attribute, (state, way_out) in _NOT_PLAIN.items():
+        if getattr(model, attribute, None):
+            raise ValueError(f"The model is {state}: expected plain layers of whole weights. Please {way_out}.")
 
 
 def select_sublayers(sublayers: list[Sublayer], config: VDConfig) -> list[Sublayer]:
@@ -116,9 +131,11 @@ def patch_model_(model: nn.Module, config: VDConfig | None = None) -> nn.Module:
 
     Raises:
         TypeError: If the model or one of its layers is of an unsupported type.
-        ValueError: If it is patched already, or a pattern matches nothing.
+        ValueError: If it is patched already, quantised, PEFT-wrapped or split over devices, or a pattern matches
+            nothing.
     """
     config = config or VDConfig()
+    _require_plain(model)
     if variational_layers(model):
         raise ValueError("The model is patched already: call `unpatch_model_` first to patch it in another way.")
     sublayers = select_sublayers(find_sublayers(model), config)

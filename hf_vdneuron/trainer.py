@@ -20,7 +20,12 @@ from hf_vdneuron.checkpoints import (
     require_complete,
     save_steering,
 )
-from hf_vdneuron.checks import require_examples, require_kl_gradient, require_no_scheduler
+from hf_vdneuron.checks import (
+    require_examples,
+    require_kl_gradient,
+    require_no_scheduler,
+    require_one_process_per_device,
+)
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
@@ -63,7 +68,7 @@ class VDTrainer(Trainer):
 
     Raises:
         ValueError: If the arguments are of the wrong class, a patched model comes with a config, the optimizer with a
-            scheduler, or the data without a length.
+            scheduler, the data without a length, or the run with a parallelism that loses the KL.
     """
 
     args: VDTrainingArguments
@@ -84,6 +89,7 @@ class VDTrainer(Trainer):
         if vd_config is not None and model is not None and variational_layers(model):
             raise ValueError("`model` is patched already, in its own way: leave `vd_config` out.")
         require_no_scheduler(kwargs.get("optimizers"))
+        require_one_process_per_device(args)
         self.vd_config = vd_config or VDConfig()
         self.max_length = max_length
         self._teacher = Teacher(teacher)

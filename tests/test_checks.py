@@ -13,11 +13,13 @@ from hf_vdneuron.checks import (
     require_examples,
     require_kl_gradient,
     require_no_scheduler,
+    require_one_process_per_device,
     require_own_teacher,
     require_posterior,
 )
-from hf_vdneuron.elbo import set_variational_
+from hf_vdneuron.elbo import set_variational_, variational_layers
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.trainer import VDTrainer
 
 
 TOKENS = torch.ones(2, 3, dtype=torch.long)
@@ -31,6 +33,35 @@ def test_an_optimizer_may_come_alone(optimizers: tuple[object, object] | None) -
 def test_a_scheduler_is_refused() -> None:
     with pytest.raises(ValueError, match="brings a `SimpleNamespace`: expected `\\(optimizer, None\\)`"):
         require_no_scheduler((None, SimpleNamespace()))
+
+
+@pytest.mark.parametrize(
+    ("devices", "stage", "message"),
+    [
+        (2, None, "sees 2 devices .* expected one process per device. Start the run with `accelerate launch`"),
+        (1, 3, "ZeRO-3 cuts weights .* Use stage 1 or 2"),
+    ],
+    ids=["data-parallel", "zero-3"],
+)
+def test_parallelism_that_loses_the_kl_is_refused(devices: int, stage: int | None, message: str) -> None:
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    with pytest.raises(ValueError, match=message):
+        require_one_process_per_device(SimpleNamespace(n_gpu=devices, deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize("stage", [None, 1, 2])
+def test_whole_weights_on_one_device_are_fine(tmp_path: Path, stage: int | None) -> None:
+    require_one_process_per_device(arguments(tmp_path))
+    require_one_process_per_device(SimpleNamespace(n_gpu=1, deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+
+
+def test_a_trainer_refuses_it_before_anything_else(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args._n_gpu = 4
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="sees 4 devices"):
+        VDTrainer(model=model, args=args)
+    assert not variational_layers(model)
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,23 @@ def test_choice_that_leaves_nothing_is_refused() -> None:
         patch_model_(model, VDConfig(exclude=["*"]))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("is_quantized", True, "quantised: expected plain layers .* quantise what is left"),
+        ("peft_config", {"default": object()}, "PEFT-wrapped: expected .* `merge_and_unload\\(\\)`"),
+        ("_tp_size", 2, "split over devices .* without `tp_plan`"),
+    ],
+    ids=["quantised", "peft", "tensor-parallel"],
+)
+def test_model_without_plain_layers_is_refused(attribute: str, value: object, message: str) -> None:
+    model = tiny_model("bert")
+    setattr(model, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        patch_model_(model)
+    assert not variational_layers(model)
+
+
 def test_patched_model_is_not_patched_again() -> None:
     model = patch_model_(tiny_model("bert"), VDConfig(neurons=False))
     with pytest.raises(ValueError, match=r"patched already.*`unpatch_model_`"):
