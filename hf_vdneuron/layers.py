@@ -108,8 +108,8 @@ class VariationalLayer(nn.Module):
             self.kl, per_feature = kl_bound(mean, log_var, self.prior.theta(), self.group_axis)
             self.statistics = self.prior.pool(per_feature)
         output_mean = self._product(inputs, mean, self.bias)
-        if self.training and self.frozen:
-            # A parameter without a gradient would stop distributed data parallelism.
+        if self.training and (self.frozen or not self.noise):
+            # Distributed data parallelism stops at a parameter that its outputs do not depend on.
             output_mean = output_mean + 0 * self.log_var.sum()
             if self.group_scale is not None:
                 output_mean = output_mean + 0 * self.group_scale.sum()

@@ -16,7 +16,7 @@ def honours_num_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Find out whether a model divides its loss by `num_items_in_batch`.
 
     Many heads take the argument and ignore it, and the Trainer then multiplies their gradients by the number of
-    micro-batches (huggingface/transformers#47688).
+    micro-batches (huggingface/transformers#47688) and of processes.
 
     Args:
         model: A model in training mode, as it is again afterwards.

@@ -251,7 +251,8 @@ class VDTrainer(Trainer):
         """Find out once whether the model divides its loss by `num_items_in_batch`, as the Trainer believes."""
         is_own = self.compute_loss_func is not None or self.label_smoother is not None
         known = self._honours_num_items is not None or not self.model_accepts_loss_kwargs
-        if not (is_own or known or self.args.gradient_accumulation_steps == 1):
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        if not (is_own or known or parts == 1):
             self._honours_num_items = honours_num_items(model, inputs)
             self.model_accepts_loss_kwargs = self._honours_num_items
 

@@ -1,0 +1,97 @@
+"""Two processes are one with their global batch: the same KL, the same gradients, the same masks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_run
+import pytest
+import torch
+from runs import PRUNING
+
+
+NUM_PROCESSES = 2
+
+#: Sparsification from the first step on, where the weights are still those that all runs start with, and gradients as
+#: they come.
+COMPARED = {**PRUNING, "noise": False, "step": 0, "finetune_fraction": 0.0, "max_grad_norm": 0.0}
+
+TOLERANCE = 1e-6
+
+Seen = dict[str, Any]
+
+
+def launch(folder: Path, **options: Any) -> list[Seen]:
+    """Run on several processes, as a user would; what each of them saw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = f"--multi_gpu --num_machines 1 --num_processes {NUM_PROCESSES} --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
+    script = [distributed_run.__file__, str(folder), json.dumps({**options, "ddp_backend": "gloo"})]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*command, *script], check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
+
+
+def alone(folder: Path, **options: Any) -> Seen:
+    folder.mkdir(parents=True, exist_ok=True)
+    distributed_run.run(folder, options)
+    return torch.load(folder / "rank-0.pt", weights_only=True)
+
+
+#: Heads whose loss is a mean over the examples of a part, and over the tokens of the whole step.
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-part": (1, {}),
+    "two-parts": (2, {}),
+    "tokens-in-two-parts": (2, {"language_model": True, "num_data": 288}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def without_noise(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, list[Seen]]:
+    """One process with batches of 8, and two with batches of 4, in as many parts."""
+    folder = tmp_path_factory.mktemp("without_noise")
+    parts, kind = request.param
+    options = {**COMPARED, **kind, "gradient_accumulation_steps": parts}
+    size = 8 // parts
+    single = alone(folder / "one", per_device_train_batch_size=size, **options)
+    return single, launch(folder / "two", per_device_train_batch_size=size // NUM_PROCESSES, **options)
+
+
+def test_the_kl_is_exact(without_noise: tuple[Seen, list[Seen]]) -> None:
+    single, several = without_noise
+    # Without noise a log-variance feels nothing but the KL.
+    names = [name for name in single["gradients"] if name.endswith("log_var")]
+    assert names
+    for seen in several:
+        assert [name for name in names if not torch.equal(seen["gradients"][name], single["gradients"][name])] == []
+    kl = [next(logs["kl"] for logs in seen["log"] if "kl" in logs) for seen in (single, several[0])]
+    assert kl[0] == kl[1] > 0
+
+
+def test_gradients_are_those_of_the_global_batch(without_noise: tuple[Seen, list[Seen]]) -> None:
+    single, several = without_noise
+    for seen in several:
+        assert seen["gradients"].keys() == single["gradients"].keys()
+        for name, expected in single["gradients"].items():
+            error = (seen["gradients"][name] - expected).abs().max()
+            assert error <= TOLERANCE * max(1.0, expected.abs().max()), name
+    assert any(gradient.abs().max() > 1000 * TOLERANCE for gradient in single["gradients"].values())
+
+
+@pytest.mark.parametrize("target", [{}, {"kl_weight": None, "target_speedup": 1.5}], ids=["rule", "target"])
+def test_ranks_agree_on_what_is_removed(tmp_path: Path, target: dict[str, float | None]) -> None:
+    """All phases, with noise, gradient accumulation and checkpointing on."""
+    options = {**PRUNING, **target, "noise": True, "step": 0, "per_device_train_batch_size": 2}
+    first, second = launch(
+        tmp_path, gradient_accumulation_steps=2, activation_checkpointing=True, eval_strategy="no", **options
+    )
+    removed = sum(int((~keep).sum()) for keep in first["kept"].values())
+    assert 0 < removed < sum(keep.numel() for keep in first["kept"].values())
+    assert [path for path, keep in first["kept"].items() if not torch.equal(keep, second["kept"][path])] == []
+    different = [name for name, value in first["weights"].items() if not torch.equal(value, second["weights"][name])]
+    assert different == []
