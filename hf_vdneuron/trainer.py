@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from hf_vdneuron.checkpoints import load_steering, native_names, save_steering
@@ -16,6 +16,7 @@ from hf_vdneuron.checks import require_examples, require_kl_gradient, require_no
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.hub_trainer import HubTrainer
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
 from hf_vdneuron.optimization import phase_scheduler, split_variational_
@@ -37,7 +38,7 @@ Trial = object
 DEFAULT_LENGTH = 128
 
 
-class VDTrainer(Trainer):
+class VDTrainer(HubTrainer):
     r"""Fine-tunes, sparsifies and recovers a model in one `train()`.
 
     In sparsification it minimises, per example, `nll + kl_weight * kl / num_data` (1): the KL counts once per
