@@ -24,8 +24,16 @@ __all__ = ["push_folder", "uploadable_files"]
 CARD_NAME = "README.md"
 FIGURES_FOLDER = "figures"
 
-#: Weights and their index, variants such as `model.fp16.safetensors` included; not the teacher of a checkpoint.
-_WEIGHT_PATTERNS = ("model.safetensors", "model.*.safetensors", "model-*.safetensors", "model.safetensors.index*.json")
+#: Weights that transformers loads by default, and their index.
+_DEFAULT_WEIGHT_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME)
+
+#: And variants such as `model.fp16.safetensors`; not the teacher of a checkpoint.
+_WEIGHT_PATTERNS = (
+    *_DEFAULT_WEIGHT_PATTERNS,
+    "model.*.safetensors",
+    "model.*-?????-of-?????.safetensors",
+    "model.safetensors.index.*.json",
+)
 
 #: Whatever may be uploaded. All else stays where it is.
 _ALLOWED_PATTERNS = (
@@ -115,7 +123,7 @@ def push_folder(
                 "choose another name."
             )
         remote = {file.rfilename for file in info.siblings or []}
-        stale = sorted(name for name in remote - files.keys() if _matches(name, _WEIGHT_PATTERNS))
+        stale = sorted(name for name in remote - files.keys() if _matches(name, _DEFAULT_WEIGHT_PATTERNS))
         contents = {name: _content(name, path, repo_id) for name, path in files.items()}
         return api.create_commit(
             repo_id,
@@ -262,18 +270,22 @@ def _explained_errors(api: HfApi, repo_id: str) -> Generator[None]:
     """Say in one line what went wrong at the Hub, and what to do."""
     try:
         yield
-    except (HTTPError, RuntimeError) as error:  # it reports a failed transfer as a RuntimeError
-        cause = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
-        raise OSError(f"cannot push to `{repo_id}`: {_reason(api, cause)}") from error
+    except (HTTPError, RuntimeError) as error:  # a failed transfer of a file is a RuntimeError with a cause
+        raise OSError(f"cannot push to `{repo_id}`: {_reason(api, _cause(error))}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Find what a failed transfer failed of. An answer of the Hub is its own: its cause says less."""
+    return error if isinstance(error, HTTPError) or error.__cause__ is None else error.__cause__
 
 
 def _reason(api: HfApi, error: BaseException) -> str:
     details = " ".join(str(error).split())
-    if not isinstance(error, HfHubHTTPError):
-        return f"{api.endpoint} cannot be reached or broke off ({details}). Check the connection and `HF_ENDPOINT`."
-    if error.response.status_code in _REFUSALS:
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
         return (
             "the Hub refused the access token. Log in with `hf auth login`, or set `HF_TOKEN`, with a token that may "
             f"write there ({details})"
         )
-    return f"the Hub failed, and no file was changed there. Try again ({details})"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"{api.endpoint} cannot be reached or broke off. Check the connection and `HF_ENDPOINT` ({details})"
+    return f"the upload failed, and no file was changed there. Try again ({details})"

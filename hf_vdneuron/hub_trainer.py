@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
@@ -58,7 +58,7 @@ class HubTrainer(Trainer):
             self.create_model_card(**kwargs)
         self._finish_current_push()
         push = self._push_of(self.args.output_dir, commit_message, token=token, revision=revision, private=private)
-        return push() if blocking else HfApi().run_as_future(push)
+        return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload model and tokenizer of a checkpoint in the background, as the Trainer does with more."""
@@ -67,9 +67,9 @@ class HubTrainer(Trainer):
         if not (is_due and self.is_world_process_zero()):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._finish_current_push()
         push = self._push_of(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
-        self.push_in_progress = PushInProgress(cast(Any, [HfApi().run_as_future(push)]))
+        # They wait in one queue: the last one is done when all are.
+        self.push_in_progress = PushInProgress(cast(Any, [run_as_future(push)]))
 
     def _push_of(
         self,

@@ -161,10 +161,11 @@ class VDTrainingArguments(TrainingArguments):
                 "`gradient_checkpointing_kwargs` asks for `use_reentrant=True`, which loses the gradient of the KL: "
                 "leave it out or set it to False."
             )
-        if self.push_to_hub and self.hub_strategy in {HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS}:
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy in {HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS}:
             raise ValueError(
-                f"`hub_strategy` is `{HubStrategy(self.hub_strategy).value}`: checkpoints hold pickles, which are never uploaded; "
-                f"expected `{HubStrategy.END.value}` or `{HubStrategy.EVERY_SAVE.value}`."
+                f"`hub_strategy` is `{strategy.value}`: checkpoints hold pickles, which are never uploaded; expected "
+                f"`{HubStrategy.END.value}` or `{HubStrategy.EVERY_SAVE.value}`."
             )
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 
