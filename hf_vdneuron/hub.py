@@ -76,6 +76,9 @@ _CARD_NAME_LINE = re.compile(r"(?m)^(model-index:\n- name: )(.*)$")
 #: Answers of the Hub to a token that is missing, wrong or not allowed to write.
 _REFUSALS = frozenset({401, 403})
 
+#: Part of the address that the client asks for leave to use Xet storage, which it prefers wherever it can.
+_XET_PATH = "/xet-write-token/"
+
 
 def push_folder(
     folder: str | Path,
@@ -229,7 +232,7 @@ def _require_shareable(name: str, text: str, root: Path) -> None:
             "out, and revoke it if others have seen the file."
         )
     for local in (root.resolve(), Path.home()):
-        # The root of a file system is in every path, and a word such as `/root` in many addresses.
+        # The root of a file system is in every path, and a word such as `/home` in many addresses.
         if len(local.parts) > 1 and re.search(rf"(?<![\w.~:/-]){re.escape(str(local))}(?![\w.-])", text):
             raise ValueError(
                 f"`{name}` names the folder `{local}` of this machine: nothing was uploaded. Take it out, or write "
@@ -270,7 +273,7 @@ def _explained_errors(api: HfApi, repo_id: str) -> Generator[None]:
     """Say in one line what went wrong at the Hub, and what to do."""
     try:
         yield
-    except (HTTPError, RuntimeError) as error:  # a failed transfer of a file is a RuntimeError with a cause
+    except (HTTPError, RuntimeError, OSError) as error:  # a failed transfer of a file is one of the latter two
         raise OSError(f"cannot push to `{repo_id}`: {_reason(api, _cause(error))}") from error
 
 
@@ -286,6 +289,10 @@ def _reason(api: HfApi, error: BaseException) -> str:
             "the Hub refused the access token. Log in with `hf auth login`, or set `HF_TOKEN`, with a token that may "
             f"write there ({details})"
         )
-    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
-        return f"{api.endpoint} cannot be reached or broke off. Check the connection and `HF_ENDPOINT` ({details})"
-    return f"the upload failed, and no file was changed there. Try again ({details})"
+    if isinstance(error, HTTPError | ConnectionError) and not isinstance(error, HfHubHTTPError):
+        reason, advice = f"{api.endpoint} cannot be reached or broke off", "Check the connection and `HF_ENDPOINT`"
+    else:
+        reason, advice = "the upload failed, and no file was changed there", "Try again"
+    if _XET_PATH in details:
+        advice = "If this Hub has no Xet storage, set `HF_HUB_DISABLE_XET=1`"
+    return f"{reason}. {advice} ({details})"

@@ -62,9 +62,10 @@ class HubTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload model and tokenizer of a checkpoint in the background, as the Trainer does with more."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        is_due = self.args.hub_strategy is not HubStrategy.END and (not is_busy or self.args.hub_always_push)
-        if not (is_due and self.is_world_process_zero()):
+        if is_busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         push = self._push_of(checkpoint_folder, f"Training in progress, step {self.state.global_step}")

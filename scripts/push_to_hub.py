@@ -5,7 +5,7 @@
 
 Log in first with `hf auth login`, or set HF_TOKEN. Nothing else that lies in OUT goes up: no checkpoints, pickles or
 hidden files. It is one commit: a failing upload leaves the files of the repository as they were. HF_ENDPOINT names
-another Hub.
+another Hub; one that has no Xet storage needs HF_HUB_DISABLE_XET=1 too.
 """
 
 import sys

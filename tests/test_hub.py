@@ -359,6 +359,14 @@ def test_a_hiccup_is_survived(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPat
     assert hub.repos[NAME].files.keys() == UPLOADED
 
 
+def test_a_hub_without_xet(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(OSError, match=rf"cannot push to `{NAME}`: .* set `HF_HUB_DISABLE_XET=1`"):
+        push_folder(out, NAME)
+    assert len(hub.repos[NAME].commits) == 1
+
+
 # ---- The other ways to push ----
 
 
@@ -416,6 +424,14 @@ def test_a_training_run_uploads_no_pickles(hub: Hub, tmp_path: Path) -> None:
     names = {name for commit in repo.commits for name in commit.files}
     assert names <= UPLOADED
     assert "model.safetensors" in names
+
+
+def test_other_processes_push_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, folder = run_folder(tmp_path)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer._push_from_checkpoint(str(folder))
+    assert trainer.push_to_hub() is None
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
