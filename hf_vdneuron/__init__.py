@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_vdneuron.architectures import find_sublayers
     from hf_vdneuron.config import Grouping, PriorType, VDConfig
     from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
+    from hf_vdneuron.hub import push_folder
     from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
     from hf_vdneuron.patching import patch_model_, unpatch_model_
     from hf_vdneuron.persistence import from_pretrained
@@ -27,8 +28,9 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "VDConfig",
     "PriorType",
     "Grouping",
-    # Load what came out
+    # Load what came out, and show it to others
     "from_pretrained",
+    "push_folder",
     # Its pieces, for those who compose
     "find_sublayers",
     "patch_model_",
@@ -53,6 +55,7 @@ _HOMES = {
     "architectures": ("find_sublayers",),
     "config": ("Grouping", "PriorType", "VDConfig"),
     "elbo": ("em_step_", "kl_divergence", "set_variational_", "variational_layers"),
+    "hub": ("push_folder",),
     "masks": ("RelevanceMask", "mask_model_", "read_mask"),
     "patching": ("patch_model_", "unpatch_model_"),
     "persistence": ("from_pretrained",),

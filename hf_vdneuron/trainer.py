@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.generic import ModelOutput
 
@@ -29,6 +29,7 @@ from hf_vdneuron.checks import (
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.hub_trainer import HubTrainer
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
@@ -51,7 +52,7 @@ Trial = object
 DEFAULT_LENGTH = 128
 
 
-class VDTrainer(Trainer):
+class VDTrainer(HubTrainer):
     r"""Fine-tunes, sparsifies and recovers a model in one `train()`.
 
     In sparsification it minimises, per example, `nll + kl_weight * kl / num_data` (1): the KL counts once per

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, PhasePlan
@@ -148,7 +149,8 @@ class VDTrainingArguments(TrainingArguments):
         """Check the ranges.
 
         Raises:
-            ValueError: If a value is out of its range, there are two targets, or gradient checkpointing is reentrant.
+            ValueError: If a value is out of its range, there are two targets, gradient checkpointing is reentrant, or
+                checkpoints would go to the Hub.
         """
         super().__post_init__()
         self._check_ranges()
@@ -158,6 +160,12 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` asks for `use_reentrant=True`, which loses the gradient of the KL: "
                 "leave it out or set it to False."
+            )
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy in {HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS}:
+            raise ValueError(
+                f"`hub_strategy` is `{strategy.value}`: checkpoints hold pickles, which are never uploaded; expected "
+                f"`{HubStrategy.END.value}` or `{HubStrategy.EVERY_SAVE.value}`."
             )
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 

@@ -37,6 +37,8 @@ DOWNHILL = [
     "budget",
     "pruning",
     "persistence",
+    "hub",
+    "hub_trainer",
     "latency",
     "latency_table",
     "monitoring",

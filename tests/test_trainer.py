@@ -600,6 +600,8 @@ def test_plain_arguments_are_refused(tmp_path: Path) -> None:
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_get_output_dir", ["self", "trial"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_finish_current_push", ["self"]),
     ],
 )
 def test_private_methods_of_the_trainer_are_where_we_override_them(method: str, parameters: list[str]) -> None:
