@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
     from hf_vdneuron.patching import patch_model_, unpatch_model_
     from hf_vdneuron.persistence import from_pretrained
+    from hf_vdneuron.plain_loading import allow_plain_loading_
     from hf_vdneuron.pruning import prune_model_
     from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask, unit_relevance
     from hf_vdneuron.trainer import VDTrainer
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "Grouping",
     # Load what came out, and show it to others
     "from_pretrained",
+    "allow_plain_loading_",
     "push_folder",
     # Its pieces, for those who compose
     "find_sublayers",
@@ -59,6 +61,7 @@ _HOMES = {
     "masks": ("RelevanceMask", "mask_model_", "read_mask"),
     "patching": ("patch_model_", "unpatch_model_"),
     "persistence": ("from_pretrained",),
+    "plain_loading": ("allow_plain_loading_",),
     "pruning": ("prune_model_",),
     "relevance": ("irrelevant_weight_share", "relevance_mask", "unit_relevance"),
     "trainer": ("VDTrainer",),
@@ -77,3 +80,7 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """List the public names."""
     return sorted(__all__)
+
+
+# The third door: from now on transformers alone loads what opted in. It brings no training code along either.
+import_module(f"{__name__}.plain_loading")

@@ -37,6 +37,7 @@ DOWNHILL = [
     "budget",
     "pruning",
     "persistence",
+    "plain_loading",
     "hub",
     "hub_trainer",
     "latency",
