@@ -11,6 +11,7 @@ from types import MappingProxyType
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 
 __all__ = ["DARK", "LIGHT", "Drawing", "canvas", "save_drawings", "to_svg"]
@@ -47,25 +48,32 @@ WIDTH = 4.6
 #: Sizes of letters in points: of titles, and of all else.
 TITLE_SIZE, TEXT_SIZE = 10.5, 8.5
 
-#: Dots per inch of a PNG.
-RESOLUTION = 200
+#: Dots per inch of a PNG, and inches of ground around the figure in it.
+RESOLUTION, MARGIN = 200, 0.12
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, and what it shows for those who cannot see it.
+    """A figure, and what it shows in words.
 
     Args:
         name: Name of its file, without ending.
         title: What it is about.
-        description: What it shows, in a sentence or two.
+        caption: What it shows, in a sentence or two.
+        numbers: What it says to those who see it, for those who do not; empty where that is too much.
         figure: The figure in light colours.
     """
 
     name: str
     title: str
-    description: str
+    caption: str
+    numbers: str
     figure: Figure
+
+    @property
+    def description(self) -> str:
+        """All that can be said of it."""
+        return f"{self.title}. {self.caption} {self.numbers}".strip()
 
 
 def canvas(title: str, height: float) -> tuple[Figure, Axes]:
@@ -78,8 +86,8 @@ def canvas(title: str, height: float) -> tuple[Figure, Axes]:
     Returns:
         The figure, and its axes without a frame.
     """
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(title, x=0.012, ha="left", fontsize=TITLE_SIZE, fontweight="bold", color=LIGHT["ink"])
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0, h_pad=0.03))
+    figure.suptitle(title, x=0, ha="left", fontsize=TITLE_SIZE, fontweight="bold", color=LIGHT["ink"])
     axes = figure.subplots()
     axes.set_facecolor("none")
     axes.tick_params(which="both", length=0, labelsize=TEXT_SIZE, labelcolor=LIGHT["muted"])
@@ -121,5 +129,9 @@ def save_drawings(drawings: Iterable[Drawing], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
         drawing.figure.savefig(
-            folder / f"{drawing.name}.png", dpi=RESOLUTION, facecolor=LIGHT["ground"], metadata={"Software": None}
+            folder / f"{drawing.name}.png",
+            dpi=RESOLUTION,
+            facecolor=LIGHT["ground"],
+            bbox_inches=drawing.figure.bbox_inches.padded(MARGIN),
+            metadata={"Software": None},
         )

@@ -8,7 +8,7 @@ from math import log
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from hf_vdneuron.drawing import LIGHT, TEXT_SIZE, Drawing, canvas
 from hf_vdneuron.report import DropoutRateReport, RunReport
@@ -67,11 +67,9 @@ def _draw_heads(report: RunReport) -> Drawing:
     axes.set_xlim(-0.6, 1.28 * width)
     axes.set_xticks(range(width) if width <= 12 else range(0, width, 4))
     counts = ", ".join(map(str, map(len, report.kept_heads)))
-    description = (
-        f"Attention heads by layer; filled squares are kept. {sum(map(len, report.kept_heads))} of {sum(sizes)} "
-        f"remain: {counts}."
-    )
-    return Drawing("heads", "Heads kept", description, figure)
+    caption = "Attention heads by layer. Those in colour are kept."
+    numbers = f"{sum(map(len, report.kept_heads))} of {sum(sizes)} remain: {counts}."
+    return Drawing("heads", "Heads kept", caption, numbers, figure)
 
 
 def _draw_neurons(report: RunReport) -> Drawing:
@@ -81,11 +79,8 @@ def _draw_neurons(report: RunReport) -> Drawing:
     shares = [after / max(1, size) for after, size in zip(left, sizes, strict=True)]
     texts = [f"{after:,} of {size:,}" for after, size in zip(left, sizes, strict=True)]
     _draw_bars(axes, [f"layer {layer}" for layer in range(len(sizes))], shares, texts)
-    description = (
-        f"Feed-forward neurons by layer, before and after. {sum(left):,} of {sum(sizes):,} remain: "
-        f"{', '.join(f'{count:,}' for count in left)}."
-    )
-    return Drawing("neurons", "Neurons kept", description, figure)
+    numbers = f"{sum(left):,} of {sum(sizes):,} remain: {', '.join(f'{count:,}' for count in left)}."
+    return Drawing("neurons", "Neurons kept", "Feed-forward neurons by layer, before and after.", numbers, figure)
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float], texts: Sequence[str]) -> None:
@@ -124,11 +119,12 @@ def _draw_cost(report: RunReport) -> Drawing:
     figure, axes = canvas("Cost against the dense model", FRAME_HEIGHT + ROW_HEIGHT * len(names))
     _draw_bars(axes, names, shares, texts)
     told = [f"{name} {write(before)} before, {write(after)} after" for name, (before, after, write) in rows.items()]
-    description = (
-        f"Full bars are the dense model. {'; '.join(told)}; multiply-accumulates of heads and neurons "
-        f"{speed.predicted:.2f} times fewer. Times: fp32, batch {speed.batch_size}, {speed.length} tokens."
+    caption = (
+        f"Full bars are the dense model. Times are of the whole model in fp32, batch {speed.batch_size}, "
+        f"{speed.length} tokens; operations are multiply-accumulates of heads and neurons."
     )
-    return Drawing("cost", "Cost against the dense model", description, figure)
+    numbers = f"{'; '.join(told)}; operations of the body {speed.predicted:.2f} times fewer."
+    return Drawing("cost", "Cost against the dense model", caption, numbers, figure)
 
 
 def _millions(count: float) -> str:
@@ -152,19 +148,19 @@ def _draw_score(report: RunReport) -> Drawing | None:
         axes.annotate(
             f"{value:.2f}",
             (place, value),
-            (0, 8),
+            (0, -16 if value == min(values) < max(values) else 8),
             textcoords="offset points",
             ha="center",
             fontsize=TEXT_SIZE + 1,
             color=LIGHT["ink"],
         )
     room = max(1.0, max(values) - min(values))
-    axes.set_ylim(min(values) - 0.15 * room, max(values) + 0.4 * room)
+    axes.set_ylim(min(values) - 0.4 * room, max(values) + 0.4 * room)
     axes.set_xlim(-0.35, len(values) - 0.65)
     axes.set_xticks(range(len(values)), list(known))
     axes.yaxis.set_visible(False)
     told = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
-    return Drawing("score", "Score", f"Mean of the task's metrics in percent: {told}.", figure)
+    return Drawing("score", "Score", "Mean of the task's metrics, in percent.", f"{told}.", figure)
 
 
 # ---- How training went ----
@@ -177,7 +173,7 @@ class Panel:
     Args:
         name: Name of its file.
         title: What it is about.
-        description: What it shows.
+        caption: What it shows.
         labels: Name of each curve -> its label.
         transform: Function `(name of a curve, value, report) -> what is drawn`.
         in_percent: Whether that is a share.
@@ -186,7 +182,7 @@ class Panel:
 
     name: str
     title: str
-    description: str
+    caption: str
     labels: dict[str, str]
     transform: Callable[[str, float, RunReport], float] = lambda name, value, report: value
     in_percent: bool = False
@@ -254,7 +250,7 @@ def _draw_panel(panel: Panel, report: RunReport) -> Drawing | None:
     if len(panel.labels) > 1:
         axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=1.2)
     _scale(axes, [value for points in curves.values() for _, value in points], panel)
-    return Drawing(panel.name, panel.title, panel.description, figure)
+    return Drawing(panel.name, panel.title, panel.caption, "", figure)
 
 
 def _scale(axes: Axes, values: Sequence[float], panel: Panel) -> None:
@@ -263,10 +259,12 @@ def _scale(axes: Axes, values: Sequence[float], panel: Panel) -> None:
     axes.set_axisbelow(True)
     if panel.only_positive and max(values) > LOGARITHMIC_FROM * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     elif panel.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylim(0, 1.04)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -321,8 +319,8 @@ def _draw_dropout_rates(rates: DropoutRateReport | None) -> Drawing | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=0.8, loc="upper left")
     irrelevant = sum(below[index] for index, edge in enumerate(edges[:-1]) if edge > cut - 1e-9)
-    description = (
-        f"Share of the weights by dropout rate when the posterior was last trained, before the cut. "
-        f"{irrelevant:.0%} are irrelevant, above {rates.threshold:g} (shaded)."
+    caption = (
+        f"Share of the weights by dropout rate when the posterior was last trained, before the cut. Those above "
+        f"{rates.threshold:g} (shaded) are irrelevant."
     )
-    return Drawing("dropout_rates", title, description, figure)
+    return Drawing("dropout_rates", title, caption, f"{irrelevant:.0%} of the weights are irrelevant.", figure)
