@@ -23,6 +23,9 @@ CURVES_HEIGHT, ROW_HEIGHT, FRAME_HEIGHT = 2.5, 0.26, 0.62
 #: Side of a head's square, of 1 for its cell; thickness of a row's bar.
 SQUARE, BAR = 0.78, 0.56
 
+#: As many heads in a row as make cells that are as wide as they are high. Fewer leave room, more are narrower.
+SQUARE_COLUMNS = 12
+
 #: Dropout rates that are marked along their axis.
 MARKED_RATES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -61,11 +64,11 @@ def _draw_heads(report: RunReport) -> Drawing:
             corner = (head - SQUARE / 2, layer - SQUARE / 2)
             colour = LIGHT["first" if head in kept else "gone"]
             axes.add_patch(FancyBboxPatch(corner, SQUARE, SQUARE, "round,pad=0,rounding_size=0.16", lw=0, fc=colour))
-    width = max(sizes, default=1)
+    width = max([1, *sizes])
     texts = [f"{len(kept)} of {size}" for size, kept in zip(sizes, report.kept_heads, strict=True)]
     _label_rows(axes, [f"layer {layer}" for layer in range(len(sizes))], texts, right=width - 0.2)
-    axes.set_xlim(-0.6, 1.28 * width)
-    axes.set_xticks(range(width) if width <= 12 else range(0, width, 4))
+    axes.set_xlim(-0.6, 1.28 * max(width, SQUARE_COLUMNS))
+    axes.set_xticks(range(width) if width <= SQUARE_COLUMNS else range(0, width, 4))
     counts = ", ".join(map(str, map(len, report.kept_heads)))
     caption = "Attention heads by layer. Those in colour are kept."
     numbers = f"{sum(map(len, report.kept_heads))} of {sum(sizes)} remain: {counts}."

