@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from math import isfinite, log
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,7 +76,8 @@ def _log_dropout_rates(model: nn.Module, threshold: float, state: TrainerState) 
     edges = log(threshold / (1 - threshold)) + BIN_WIDTH * torch.arange(-BINS_BELOW, BINS_ABOVE + 1).double()
     counts = {str(unit): count.tolist() for unit, count in log_alpha_histogram(model, edges).items()}
     histogram = {"log_alpha_edges": edges.tolist(), "counts": counts, "threshold": threshold}
-    state.log_history.append({"step": state.global_step, DROPOUT_RATES: histogram})
+    log_history = cast(list[dict[str, Any]], state.log_history)  # typed as numbers; saved as JSON
+    log_history.append({"step": state.global_step, DROPOUT_RATES: histogram})
 
 
 def report_training(log_history: Sequence[dict[str, Any]], phases: PhasePlan) -> TrainingReport:
