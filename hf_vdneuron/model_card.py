@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page a saved model is met by: how to load it, what was removed, what that cost, how to make it again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_vdneuron.drawing import Drawing
 from hf_vdneuron.glue import GLUE_TASKS, HUB_DATASET
 from hf_vdneuron.report import RunReport
 
@@ -76,6 +77,13 @@ examples). The dense model and the one right after the cut were scored in {{ rep
 {{ report.pruned.precision }}, loaded from its files, in batches of {{ report.evaluation.batch_size }} cut to
 {{ report.evaluation.max_length }} tokens.
 
+| | |
+|---|---|
+{% for pair in drawings | batch(2) -%}
+|{% for one in pair %} ![{{ one.description }}](figures/{{ one.name }}.png) |{% endfor %}
+{% endfor %}
+The same as a page, in light and dark: `report.html`.
+
 ## How it was made
 
 Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}):
@@ -97,11 +105,14 @@ The removed parts were irrelevant *for this task's data*. Expect less of the mod
 """
 
 
-def render_model_card(report: RunReport, *, architecture: str, repo_id: str, is_cut: bool) -> ModelCard:
+def render_model_card(
+    report: RunReport, drawings: Sequence[Drawing], *, architecture: str, repo_id: str, is_cut: bool
+) -> ModelCard:
     """Write the card of a model.
 
     Args:
         report: What came out of the run.
+        drawings: Its figures, whose files lie in `figures` beside the card.
         architecture: Name of its class, such as `BertForSequenceClassification`.
         repo_id: Where it will live, a repository or a folder.
         is_cut: Whether layers are smaller than its config says.
@@ -113,6 +124,7 @@ def render_model_card(report: RunReport, *, architecture: str, repo_id: str, is_
         _metadata(report, repo_id, is_cut=is_cut),
         template_str=_TEMPLATE,
         report=report,
+        drawings=drawings,
         architecture=architecture,
         repo_id=repo_id,
         is_cut=is_cut,

@@ -8,13 +8,20 @@ from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import num_weights, variational_layers
-from hf_vdneuron.functional import dropout_rate, relevance
+from hf_vdneuron.functional import dropout_rate, log_alpha, relevance
 from hf_vdneuron.layers import VariationalLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, end_units
-from hf_vdneuron.sublayers import Slice, Sublayer
+from hf_vdneuron.sublayers import Slice, Sublayer, Unit
 
 
-__all__ = ["DROPOUT_RATE_THRESHOLD", "expected_units", "irrelevant_weight_share", "relevance_mask", "unit_relevance"]
+__all__ = [
+    "DROPOUT_RATE_THRESHOLD",
+    "expected_units",
+    "irrelevant_weight_share",
+    "log_alpha_histogram",
+    "relevance_mask",
+    "unit_relevance",
+]
 
 #: A weight is irrelevant if its dropout rate is above this (method: Irrelevance); ties are kept.
 DROPOUT_RATE_THRESHOLD = 0.99
@@ -132,3 +139,30 @@ def irrelevant_weight_share(model: nn.Module, threshold: float = DROPOUT_RATE_TH
     """
     count = sum(int(_irrelevant(layer, threshold).sum()) for layer in variational_layers(model).values())
     return count / max(1, num_weights(model))
+
+
+@torch.no_grad()
+def log_alpha_histogram(model: nn.Module, edges: Tensor) -> dict[Unit, Tensor]:
+    r"""Count the variational weights by their :math:`\log \alpha`, the logit of the dropout rate.
+
+    Args:
+        model: A patched model.
+        edges: Edges of the bins, increasing, shape `(num_bins + 1,)`.
+
+    Returns:
+        Kind of unit -> number of its weights in each bin, integer, shape `(num_bins,)`; kinds without a variational
+        weight are missing. What lies beyond the edges counts to the first or the last bin. A weight that several
+        sub-layers share counts to the first.
+    """
+    layers = variational_layers(model)
+    counts: dict[Unit, Tensor] = {}
+    for sublayer in find_sublayers(model):
+        for path in dict.fromkeys(part.module for part in sublayer.slices):
+            layer = layers.pop(path, None)
+            if layer is None:
+                continue
+            values = log_alpha(layer.mean.to(layer.log_var.dtype), layer.log_var).flatten()
+            bins = torch.bucketize(values, edges[1:-1].to(values))  # ties count below, as they are kept
+            in_layer = torch.bincount(bins, minlength=len(edges) - 1).cpu()
+            counts[sublayer.unit] = counts.get(sublayer.unit, torch.zeros_like(in_layer)) + in_layer
+    return counts

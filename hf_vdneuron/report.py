@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import body_cost, units_left
 from hf_vdneuron.latency import measure_latency, text_inputs
+from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.sublayers import Unit
 
 
 __all__ = [
+    "Curve",
+    "DropoutRateReport",
     "ModelReport",
     "RunReport",
     "ScoreReport",
     "SpeedReport",
+    "TrainingReport",
     "device_name",
     "environment",
+    "kept_heads",
     "report_model",
     "report_score",
     "report_speed",
@@ -97,6 +104,50 @@ class SpeedReport:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What was logged of one quantity.
+
+    Args:
+        steps: Optimizer steps done at each entry.
+        values: Its values, finite.
+    """
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class DropoutRateReport:
+    r"""Histogram of the weights by dropout rate :math:`d`, where the posterior was last trained.
+
+    Args:
+        log_alpha_edges: Edges of the bins, :math:`\log \alpha = \log \frac{d}{1 - d}`. The first and the last bin
+            hold what lies beyond them too.
+        counts: Kind of unit, `head` or `neuron` -> weights of these units in each bin.
+        threshold: Dropout rate above which a weight is irrelevant; an edge.
+    """
+
+    log_alpha_edges: list[float]
+    counts: dict[str, list[int]]
+    threshold: float
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How a run went.
+
+    Args:
+        phases: Steps of each phase, as planned.
+        curves: What was logged in training, by name.
+        dropout_rates: Where the posterior ended, None if none was trained.
+    """
+
+    phases: PhasePlan
+    curves: dict[str, Curve]
+    dropout_rates: DropoutRateReport | None
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A whole run.
 
@@ -107,10 +158,12 @@ class RunReport:
         command: Command that repeats the run.
         dense: The model as fine-tuned, scored during training.
         pruned: The model as saved, scored after it was loaded again.
+        kept_heads: Heads of each attention block of the dense model that the pruned one has, by index from 0.
         score_after_cut: Score right after removal, before recovery, in the precision of the dense one; None if not
             measured.
         evaluation: How the pruned model was scored.
         speedup: How much faster it is.
+        training: How it went.
         seeds: Seeds of the run by what they decide.
         train_seconds: Wall time of training, since it was last resumed.
         device: Where it ran.
@@ -123,9 +176,11 @@ class RunReport:
     command: str
     dense: ModelReport
     pruned: ModelReport
+    kept_heads: list[list[int]]
     score_after_cut: float | None
     evaluation: ScoreReport
     speedup: SpeedReport
+    training: TrainingReport
     seeds: dict[str, int]
     train_seconds: float
     device: str
@@ -156,6 +211,19 @@ def report_model(model: PreTrainedModel, score: float | None, *, precision: str 
         heads_per_layer=left[Unit.HEAD],
         neurons_per_layer=left[Unit.NEURON],
     )
+
+
+def kept_heads(model: PreTrainedModel, mask: RelevanceMask) -> list[list[int]]:
+    """List the heads that a mask keeps.
+
+    Args:
+        model: The model, before it is pruned.
+        mask: What is kept of it.
+
+    Returns:
+        Indices of the kept heads of each attention block, in order.
+    """
+    return [mask.kept_units(part).tolist() for part in find_sublayers(model) if part.unit is Unit.HEAD]
 
 
 def report_score(result: Mapping[str, Any], *, max_length: int, batch_size: int) -> ScoreReport:

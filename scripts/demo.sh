@@ -40,4 +40,4 @@ ln -sfn "$model" "$output/all-MiniLM-L6-v2"  # the card calls a model what its f
     --output_dir "$output/eval" \
     --max_length 64 \
     --per_device_eval_batch_size 64
-echo "The model, its card and report.json are in $output/model"
+echo "The model, its card and report.html, a page to look at, are in $output/model"

@@ -3,9 +3,10 @@
 
     python scripts/sparsify.py --model_name_or_path bert-base-uncased --task_name sst2 --output_dir OUT
 
-OUT then holds an ordinary model (weights, config, tokenizer), its model card and `report.json`. The task's validation
-sets are scored for the report only; with `--eval_strategy`, whatever is chosen on the way, such as the best
-checkpoint, is chosen on a split cut from the training set.
+OUT then holds an ordinary model (weights, config, tokenizer), its model card, `report.html` to look at with the same
+figures as PNG files in `figures`, and `report.json` with everything measured. The task's validation sets are scored
+for the report only; with `--eval_strategy`, whatever is chosen on the way, such as the best checkpoint, is chosen on a
+split cut from the training set.
 """
 
 import sys
@@ -28,15 +29,23 @@ from hf_vdneuron.cli import (
     parse_args,
     print_table,
     shareable_command,
-    write_json,
 )
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.evaluation import encode, evaluate_glue, make_compute_metrics
 from hf_vdneuron.glue import GlueTask, glue_task, load_glue, split_off_dev, take
+from hf_vdneuron.history import PosteriorCallback, report_training
 from hf_vdneuron.loading import load_classifier, load_model
-from hf_vdneuron.model_card import render_model_card
 from hf_vdneuron.patching import select_sublayers
-from hf_vdneuron.report import RunReport, device_name, report_model, report_score, report_speed, versions
+from hf_vdneuron.publishing import save_report
+from hf_vdneuron.report import (
+    RunReport,
+    device_name,
+    kept_heads,
+    report_model,
+    report_score,
+    report_speed,
+    versions,
+)
 from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -222,6 +231,7 @@ def build_trainer(job: Job, args: VDTrainingArguments, vd_config: VDConfig) -> G
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=make_compute_metrics(task, model.config),
+        callbacks=[PosteriorCallback()],
     )
 
 
@@ -251,12 +261,13 @@ def load_again(trainer: GlueTrainer) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model.to(trainer.args.device), tokenizer  # type: ignore[arg-type]  # transformers wraps `to`
 
 
-def report_run(trainer: GlueTrainer, job: Job, train_seconds: float) -> RunReport:
+def report_run(trainer: GlueTrainer, job: Job, heads: list[list[int]], train_seconds: float) -> RunReport:
     """Score, count and time the pruned model.
 
     Args:
         trainer: A trainer that has trained and pruned.
         job: What the run was about.
+        heads: Heads that were kept, of each attention block.
         train_seconds: How long training took.
 
     Returns:
@@ -276,9 +287,11 @@ def report_run(trainer: GlueTrainer, job: Job, train_seconds: float) -> RunRepor
         command=job.command,
         dense=report_model(start, trainer.milestone_score("dense"), precision=(*autocast, "fp32")[0]),
         pruned=report_model(pruned, result["score"]),
+        kept_heads=heads,
         score_after_cut=trainer.milestone_score("cut"),
         evaluation=report_score(result, **settings),
         speedup=report_speed(start, pruned, length=data_args.max_length),
+        training=report_training(trainer.state.log_history, trainer.plan),
         seeds={"training": args.seed, "data order": args.seed if args.data_seed is None else args.data_seed},
         train_seconds=train_seconds,
         device=device_name(args.device),
@@ -300,21 +313,14 @@ def model_name(model_name_or_path: str) -> str:
 
 
 def save(trainer: GlueTrainer, report: RunReport, folder: Path) -> None:
-    """Write model, tokenizer, report and card.
+    """Write the model, its tokenizer and everything that tells of it.
 
     Args:
         trainer: A trainer that has pruned.
         report: What came out.
         folder: Where to.
     """
-    write_json(folder / "report.json", report.to_dict())
-    card = render_model_card(
-        report,
-        architecture=type(trainer.model).__name__,
-        repo_id=folder.name,
-        is_cut=getattr(trainer.model.config, "vdneuron", None) is not None,
-    )
-    card.save(folder / "README.md")
+    save_report(report, trainer.model, folder)
     save_model(trainer, folder)
 
 
@@ -358,8 +364,9 @@ def main(argv: list[str]) -> None:
         job = Job(data_args, task, read_rows(task, data_args, args), command)
         trainer = build_trainer(job, args, vd_config)
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        heads = kept_heads(trainer.model, trainer.mask())
         trainer.prune()
-        report = report_run(trainer, job, result.metrics["train_runtime"])
+        report = report_run(trainer, job, heads, result.metrics["train_runtime"])
         save(trainer, report, folder)
     print_report(report)
 

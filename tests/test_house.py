@@ -58,7 +58,12 @@ DOWNHILL = [
     "evaluation",
     "cli",
     "report",
+    "history",
+    "drawing",
+    "figures",
     "model_card",
+    "report_page",
+    "publishing",
 ]
 
 MAX_MODULE_LINES = 400

@@ -10,10 +10,12 @@ from huggingface_hub import ModelCard
 from models import HEADS, tiny_model
 from transformers import AutoModelForSequenceClassification
 
+from hf_vdneuron.figures import draw_run
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.model_card import LOAD_ERROR, render_model_card
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.report import ModelReport, RunReport, ScoreReport, SpeedReport
+from hf_vdneuron.report import Curve, ModelReport, RunReport, ScoreReport, SpeedReport, TrainingReport
+from hf_vdneuron.schedules import PhasePlan
 
 
 REPORT = RunReport(
@@ -23,9 +25,11 @@ REPORT = RunReport(
     command="python scripts/sparsify.py --task_name mrpc",
     dense=ModelReport(0.9, "bf16 autocast", 5044, 20176, [4, 4, 4], [6, 6, 6]),
     pruned=ModelReport(0.875, "fp32", 3242, 12968, [0, 4, 4], [6, 5, 6]),
+    kept_heads=[[], [0, 1, 2, 3], [0, 1, 2, 3]],
     score_after_cut=None,
     evaluation=ScoreReport({"accuracy": 0.9, "f1": 0.85}, "validation", 408, 128, 8),
     speedup=SpeedReport(1.84, 1.5, 0.003, 0.002, 1, 128),
+    training=TrainingReport(PhasePlan(2, 3, 1), {"nll": Curve([1, 2], [0.7, 0.6])}, None),
     seeds={"training": 3, "data order": 4},
     train_seconds=61.7,
     device="cpu (x86_64)",
@@ -100,6 +104,14 @@ examples\)\. The dense model and the one right after the cut were scored in bf16
 fp32, loaded from its files, in batches of 8 cut to
 128 tokens\.
 
+\| \| \|
+\|---\|---\|
+\| !\[Heads .+ 8 of 12 remain: 0, 4, 4\.\]\(figures/heads\.png\) \| !\[Neurons .+\]\(figures/neurons\.png\) \|
+\| !\[Cost against .+\]\(figures/cost\.png\) \| !\[Score\. .+ dense 90\.00, .+ 87\.50\.\]\(figures/score\.png\) \|
+\| !\[Loss\. .+\]\(figures/loss\.png\) \|
+
+The same as a page, in light and dark: `report\.html`\.
+
 ## How it was made
 
 .+ \(target: dropout rate above 0\.99\):
@@ -122,8 +134,8 @@ python scripts/sparsify\.py --task_name mrpc
 
 
 def render(report: RunReport = REPORT, *, is_cut: bool = True) -> str:
-    card = render_model_card(report, architecture="BertForSequenceClassification", repo_id="me/x", is_cut=is_cut)
-    return str(card) + "\n"
+    names = {"architecture": "BertForSequenceClassification", "repo_id": "me/x"}
+    return str(render_model_card(report, draw_run(report), is_cut=is_cut, **names)) + "\n"
 
 
 @pytest.mark.parametrize(("is_cut", "opening"), [(True, CUT), (False, WHOLE)], ids=["cut", "whole"])

@@ -18,9 +18,11 @@ from hf_vdneuron.relevance import (
     DROPOUT_RATE_THRESHOLD,
     expected_units,
     irrelevant_weight_share,
+    log_alpha_histogram,
     relevance_mask,
     unit_relevance,
 )
+from hf_vdneuron.sublayers import Unit
 
 
 #: log(s^2 / mu^2) on either side of the rule, which cuts at log 99 = 4.6.
@@ -262,3 +264,34 @@ def test_threshold_out_of_range_is_named(threshold: float) -> None:
 def test_dense_model_has_nothing_to_judge_by() -> None:
     with pytest.raises(ValueError, match="`patch_model_`"):
         relevance_mask(tiny_model("bert"))
+
+
+def test_histogram_counts_single_weights() -> None:
+    model = randomised_posterior_(patch_model_(tiny_model("bert"), VDConfig()))
+    edges = torch.tensor([-4.0, 0.0, math.log(99), 8.0], dtype=torch.float64)
+    expected = {Unit.HEAD: [0, 0, 0], Unit.NEURON: [0, 0, 0]}
+    for path, layer in variational_layers(model).items():
+        unit = Unit.HEAD if "attention" in path else Unit.NEURON
+        for mean, log_var in zip(layer.mean.flatten().tolist(), layer.log_var.flatten().tolist(), strict=True):
+            value = log_var - 2 * math.log(abs(mean))
+            expected[unit][0 if value <= edges[1] else 1 if value <= edges[2] else 2] += 1
+    counts = log_alpha_histogram(model, edges)
+    assert {unit: count.tolist() for unit, count in counts.items()} == expected
+    assert all(count > 0 for row in expected.values() for count in row)
+    share = sum(count[2] for count in expected.values()) / sum(map(sum, expected.values()))
+    assert irrelevant_weight_share(model) == share
+
+
+def test_histogram_counts_masked_weights_last_and_shared_layers_once() -> None:
+    chain = patch_model_(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)))
+    for layer in variational_layers(chain).values():
+        layer.log_var.data.fill_(-9)
+        layer.weight.data.fill_(1)
+    edges = torch.tensor([-10.0, -5.0, 0.0, 5.0])
+    assert log_alpha_histogram(chain, edges)[Unit.NEURON].tolist() == [12 + 20 + 10, 0, 0]
+    variational_layers(chain)["0"].keep_out[0] = False
+    assert log_alpha_histogram(chain, edges)[Unit.NEURON].tolist() == [12 + 20 + 10 - 3, 0, 3]
+
+
+def test_a_dense_model_has_no_histogram() -> None:
+    assert log_alpha_histogram(tiny_model("bert"), torch.arange(4.0)) == {}

@@ -10,14 +10,19 @@ from transformers import PreTrainedModel
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import (
+    Curve,
+    DropoutRateReport,
     RunReport,
+    TrainingReport,
     device_name,
     environment,
+    kept_heads,
     report_model,
     report_score,
     report_speed,
     versions,
 )
+from hf_vdneuron.schedules import PhasePlan
 
 
 RESULT = {"score": 0.875, "accuracy": 0.9, "f1": 0.85, "num_examples": 40, "split": "validation"}
@@ -35,6 +40,13 @@ def pruned() -> PreTrainedModel:
         "bert.encoder.layer.1.feed_forward": (torch.arange(NEURONS) < 5).expand(2, -1).clone(),
     }
     return prune_model_(tiny_model("bert", "sequence_classification", dtype=torch.float32), RelevanceMask(keep))
+
+
+def test_kept_heads_are_listed_by_index(dense: PreTrainedModel) -> None:
+    keep = torch.ones(2, HEADS, dtype=torch.bool)
+    keep[0, 1] = keep[1, 2] = False
+    mask = RelevanceMask({"bert.encoder.layer.1.attention": keep})
+    assert kept_heads(dense, mask) == [[0, 1, 2, 3], [0, 3], [0, 1, 2, 3]]
 
 
 def num_bytes(model: PreTrainedModel) -> int:
@@ -73,9 +85,13 @@ def test_a_run_is_json(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
         command="python scripts/sparsify.py",
         dense=report_model(dense, 0.9),
         pruned=report_model(pruned, RESULT["score"]),
+        kept_heads=[[], [0, 1, 2, 3], [0, 1, 2, 3]],
         score_after_cut=None,
         evaluation=report_score(RESULT, max_length=16, batch_size=4),
         speedup=report_speed(dense, pruned, length=4),
+        training=TrainingReport(
+            PhasePlan(1, 2, 1), {"nll": Curve([1], [0.5])}, DropoutRateReport([0.0, 1.0], {"head": [3]}, 0.99)
+        ),
         seeds={"training": 3},
         train_seconds=1.5,
         device=device_name(torch.device("cpu")),
@@ -83,6 +99,7 @@ def test_a_run_is_json(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:
     )
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert report.to_dict()["pruned"]["heads_per_layer"] == [0, HEADS, HEADS]
+    assert report.to_dict()["training"]["phases"] == {"finetune_steps": 1, "sparsify_steps": 2, "recover_steps": 1}
 
 
 def test_the_environment_names_device_and_versions() -> None:

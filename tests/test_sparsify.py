@@ -101,7 +101,22 @@ def report_of(samples: Path, output_dir: Path, **changes: Any) -> dict[str, Any]
 
 
 #: Removes some of everything from the tiny model.
-CUTTING = {"log_var_distance": 60, "kl_weight": 50, "max_steps": 20}
+CUTTING = {"log_var_distance": 60, "kl_weight": 50, "max_steps": 20, "logging_steps": 2}
+
+
+def check_story(report: dict[str, Any], folder: Path) -> None:
+    """Curves, the posterior and the kept heads are in the report, and figures of them in card and page."""
+    training = report["training"]
+    assert training["phases"] == {"finetune_steps": 6, "sparsify_steps": 10, "recover_steps": 4}
+    assert {"nll", "kl", "heads", "neurons"} <= training["curves"].keys()
+    assert training["dropout_rates"]["counts"].keys() == {"head", "neuron"}
+    assert [len(heads) for heads in report["kept_heads"]] == report["pruned"]["heads_per_layer"]
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"heads", "neurons", "cost", "score", "loss", "units", "kl", "dropout_rates"} <= figures
+    card, page = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    for name in figures:
+        assert f"(figures/{name}.png)" in card
+        assert f'<figure id="{name}">' in page
 
 
 @pytest.mark.parametrize("task_name", ["sst2", "stsb", "moods"])
@@ -121,6 +136,7 @@ def test_the_whole_job(task_name: str, samples: Path, tmp_path: Path, capsys: py
     assert report["train_seconds"] > 0
     assert not list(tmp_path.glob("*.bin"))
     assert not list(tmp_path.glob(".*"))
+    check_story(report, tmp_path)
     model = hf_vdneuron.from_pretrained(tmp_path)
     assert model.num_parameters() == report["pruned"]["parameters"]
     inputs = AutoTokenizer.from_pretrained(tmp_path)("a b c", return_tensors="pt")
@@ -134,7 +150,7 @@ def test_the_card_repeats_the_run_without_naming_local_folders(samples: Path, tm
     assert report["command"].startswith("python scripts/sparsify.py --model_name_or_path=model --task_name=sst2 ")
     assert f"```bash\n{report['command']}\n```" in card
     assert 'hf_vdneuron.from_pretrained("out")' in card
-    for text in (card, json.dumps(report)):
+    for text in (card, (tmp_path / "out" / "report.html").read_text(encoding="utf-8"), json.dumps(report)):
         assert str(tmp_path) not in text
         assert str(samples) not in text
 

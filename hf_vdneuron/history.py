@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run went, read from its log: training curves, and where the posterior stood when it was last trained."""
+
+from collections.abc import Sequence
+from math import isfinite, log
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+
+from hf_vdneuron.relevance import log_alpha_histogram
+from hf_vdneuron.report import Curve, DropoutRateReport, TrainingReport
+from hf_vdneuron.schedules import PhasePlan
+from hf_vdneuron.training_args import VDTrainingArguments
+
+
+__all__ = ["PosteriorCallback", "report_training"]
+
+#: What is kept of the log: what training logs, and scores on the way.
+CURVES = (
+    "loss",
+    "nll",
+    "distillation",
+    "kl",
+    "kl_weight",
+    "learning_rate",
+    "irrelevant_weights",
+    "heads",
+    "neurons",
+    "expected_speedup",
+    "expected_removal",
+    "eval_score",
+)
+
+#: Name of the histogram in the log.
+DROPOUT_RATES = "dropout_rates"
+
+#: Width of its bins in log α, and how many of them are below and above the threshold.
+BIN_WIDTH, BINS_BELOW, BINS_ABOVE = 0.25, 56, 24
+
+
+class PosteriorCallback(TrainerCallback):
+    """Logs the dropout rates of the trained posterior, before the cut hides them.
+
+    They are a part of the log, so that a run that is resumed after the cut still has them. As the cut is made by a
+    callback too, this one has to come before it: give it to the trainer as `callbacks`.
+    """
+
+    def on_step_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Look at the posterior after its last step.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands, the step just done included.
+            **run: Model and optimizer.
+        """
+        plan = args.phase_plan(state.max_steps)
+        if plan.sparsify_steps and state.global_step == plan.recover_start:
+            _log_dropout_rates(run["model"], args.dropout_rate_threshold, state)
+
+    def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Look at the posterior of a run that was stopped while it was trained.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands.
+            **run: Model and optimizer.
+        """
+        plan = args.phase_plan(state.max_steps)
+        if plan.sparsify_start < state.global_step < plan.recover_start:
+            _log_dropout_rates(run["model"], args.dropout_rate_threshold, state)
+
+
+def _log_dropout_rates(model: nn.Module, threshold: float, state: TrainerState) -> None:
+    edges = log(threshold / (1 - threshold)) + BIN_WIDTH * torch.arange(-BINS_BELOW, BINS_ABOVE + 1).double()
+    counts = {str(unit): count.tolist() for unit, count in log_alpha_histogram(model, edges).items()}
+    histogram = {"log_alpha_edges": edges.tolist(), "counts": counts, "threshold": threshold}
+    log_history = cast(list[dict[str, Any]], state.log_history)  # typed as numbers; saved as JSON
+    log_history.append({"step": state.global_step, DROPOUT_RATES: histogram})
+
+
+def report_training(log_history: Sequence[dict[str, Any]], phases: PhasePlan) -> TrainingReport:
+    """Read how a run went from its log.
+
+    Args:
+        log_history: Log of the trainer's state.
+        phases: Steps of each phase.
+
+    Returns:
+        Curves of what was logged, without values that are not finite, and the dropout rates if they were.
+    """
+    curves: dict[str, Curve] = {}
+    dropout_rates = None
+    for entry in log_history:
+        for name in CURVES:
+            if name in entry and isfinite(entry[name]):
+                curve = curves.setdefault(name, Curve([], []))
+                curve.steps.append(entry["step"])
+                curve.values.append(entry[name])
+        if DROPOUT_RATES in entry:
+            dropout_rates = DropoutRateReport(**entry[DROPOUT_RATES])
+    return TrainingReport(phases, curves, dropout_rates)
