@@ -76,12 +76,18 @@ class VariationalLayer(nn.Module):
     @property
     def mean(self) -> Tensor:
         """Posterior mean under the masks, in the shape and dtype of `weight`."""
-        mean: Tensor = self.weight
+        mean = _whole(self.weight)
         for axis in (self.group_axis, 1 - self.group_axis):
             factor = self._factor(axis)
             if factor is not None:
                 mean = mean * self._broadcast(factor, axis)
         return mean.to(self.weight.dtype)
+
+    @property
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """Posterior mean under the masks and log-variance, in the shape of `weight`, float32 or wider."""
+        log_var = _whole(self.log_var)
+        return self.mean.to(log_var.dtype), log_var
 
     @property
     def var(self) -> Tensor:
@@ -127,7 +133,7 @@ class VariationalLayer(nn.Module):
         Returns:
             Number of weights and sum of :math:`\tilde W^2` per group, shape `(1, num_groups)`.
         """
-        moment = second_moment(self.mean.to(self.log_var.dtype), self.log_var)
+        moment = second_moment(*self.posterior)
         across = [dim for dim in range(moment.ndim) if dim != self.group_axis]
         sums = moment.sum(across)
         count = torch.full_like(sums, moment.numel() / sums.numel())
@@ -139,6 +145,7 @@ class VariationalLayer(nn.Module):
 
     def _shape_parameter(self, parameter: Tensor) -> Tensor:
         """Give a log-variance or group scale, without a gradient if they stand still."""
+        parameter = _whole(parameter)
         return parameter.detach() if self.frozen else parameter
 
     def _broadcast(self, per_feature: Tensor, axis: int) -> Tensor:
@@ -224,6 +231,12 @@ VARIATIONAL_CLASSES: dict[type[nn.Module], type[VariationalLayer]] = {
     nn.Conv1d: VDConv1d,
     nn.Conv2d: VDConv2d,
 }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather what fully sharded data parallelism keeps in pieces outside of a forward pass."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def feature_axis(module: nn.Module, axis: Axis) -> int:

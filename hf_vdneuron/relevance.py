@@ -28,11 +28,11 @@ DROPOUT_RATE_THRESHOLD = 0.99
 
 
 def _irrelevant(layer: VariationalLayer, threshold: float) -> Tensor:
-    return dropout_rate(layer.mean.to(layer.log_var.dtype), layer.log_var) > threshold
+    return dropout_rate(*layer.posterior) > threshold
 
 
 def _nats(layer: VariationalLayer) -> Tensor:
-    return relevance(layer.mean.to(layer.log_var.dtype), layer.log_var)
+    return relevance(*layer.posterior)
 
 
 def _sum_slice(model: nn.Module, part: Slice, num_units: int, measure: Callable[[VariationalLayer], Tensor]) -> Tensor:
@@ -119,11 +119,11 @@ def expected_units(model: nn.Module) -> dict[str, float]:
 
 
 def _keep_rate(layer: VariationalLayer) -> Tensor:
-    return 1 - dropout_rate(layer.mean.to(layer.log_var.dtype), layer.log_var)
+    return 1 - dropout_rate(*layer.posterior)
 
 
 def _ones(layer: VariationalLayer) -> Tensor:
-    return torch.ones_like(layer.log_var)
+    return torch.ones_like(layer.posterior[1])
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def log_alpha_histogram(model: nn.Module, edges: Tensor) -> dict[Unit, Tensor]:
             layer = layers.pop(path, None)
             if layer is None:
                 continue
-            values = log_alpha(layer.mean.to(layer.log_var.dtype), layer.log_var).flatten()
+            values = log_alpha(*layer.posterior).flatten()
             bins = torch.bucketize(values, edges[1:-1].to(values))  # ties count below, as they are kept
             in_layer = torch.bincount(bins, minlength=len(edges) - 1).cpu()
             counts[sublayer.unit] = counts.get(sublayer.unit, torch.zeros_like(in_layer)) + in_layer

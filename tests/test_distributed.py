@@ -9,8 +9,11 @@ from typing import Any
 
 import distributed_run
 import pytest
+import sharded_step
 import torch
-from runs import PRUNING
+from runs import PRUNING, tiny_bert
+
+from hf_vdneuron.patching import patch_model_
 
 
 NUM_PROCESSES = 2
@@ -26,13 +29,18 @@ Seen = dict[str, Any]
 
 def launch(folder: Path, **options: Any) -> list[Seen]:
     """Run on several processes, as a user would; what each of them saw."""
-    folder.mkdir(parents=True, exist_ok=True)
     flags = f"--multi_gpu --num_machines 1 --num_processes {NUM_PROCESSES} --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
-    script = [distributed_run.__file__, str(folder), json.dumps({**options, "ddp_backend": "gloo"})]
+    launcher = ["accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
+    return start(launcher, distributed_run.__file__, folder, json.dumps({**options, "ddp_backend": "gloo"}))
+
+
+def start(launcher: list[str], script: str, folder: Path, *arguments: str) -> list[Seen]:
+    """Start a script on several processes; what each of them wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*command, *script], check=False, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", *launcher, script, str(folder), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
 
@@ -95,3 +103,17 @@ def test_ranks_agree_on_what_is_removed(tmp_path: Path, target: dict[str, float 
     assert [path for path, keep in first["kept"].items() if not torch.equal(keep, second["kept"][path])] == []
     different = [name for name, value in first["weights"].items() if not torch.equal(value, second["weights"][name])]
     assert different == []
+
+
+def test_the_kl_is_exact_where_every_process_holds_a_piece_of_each_weight(tmp_path: Path) -> None:
+    expected = sharded_step.step(patch_model_(tiny_bert()), sharded_step.batch())
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_PROCESSES)]
+    for seen in start(launcher, sharded_step.__file__, tmp_path):
+        assert torch.equal(seen["kl"], expected["kl"])
+        assert seen["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            error = (seen["gradients"][name] - gradient).abs().max()
+            assert error <= TOLERANCE * max(1.0, gradient.abs().max()), name
+        for part in ("priors", "relevance", "kept"):
+            assert [name for name, value in expected[part].items() if not torch.equal(seen[part][name], value)] == []
+        assert seen["expected"] == expected["expected"]
