@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_vdneuron.config import VDConfig
+
 
 __all__ = [
     "has_teacher",
@@ -25,12 +27,13 @@ __all__ = [
     "native_names",
     "open_checkpoint",
     "require_complete",
+    "save_config",
     "save_steering",
     "save_teacher",
 ]
 
-#: Inside a checkpoint: weights of the teacher, and where the run was going.
-TEACHER_FILE, STEERING_FILE = "teacher.safetensors", "steering.json"
+#: Inside a checkpoint: weights of the teacher, and where the run was going. Beside any model: how it was patched.
+TEACHER_FILE, STEERING_FILE, CONFIG_FILE = "teacher.safetensors", "steering.json", "vd_config.json"
 
 
 def has_teacher(checkpoint: str | Path) -> bool:
@@ -135,6 +138,16 @@ def open_checkpoint(checkpoint: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     return folder
+
+
+def save_config(config: VDConfig, folder: str | Path) -> None:
+    """Put how a model was patched beside it.
+
+    Args:
+        config: The config.
+        folder: Folder of the model.
+    """
+    (Path(folder) / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
 def save_steering(state: Mapping[str, Any], checkpoint: str | Path) -> None:

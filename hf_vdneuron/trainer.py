@@ -2,24 +2,14 @@
 """`VDTrainer`: transformers' Trainer, maximising the evidence lower bound. It adds KL, EM, phases and a teacher."""
 
 from collections.abc import Sized
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron.checkpoints import (
-    last_checkpoint,
-    load_steering,
-    native_names,
-    open_checkpoint,
-    require_complete,
-    save_steering,
-)
 from hf_vdneuron.checks import (
     require_examples,
     require_kl_gradient,
@@ -29,7 +19,6 @@ from hf_vdneuron.checks import (
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
-from hf_vdneuron.hub_trainer import HubTrainer
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
@@ -38,6 +27,7 @@ from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.phases import PhaseCallback
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
+from hf_vdneuron.resumable_trainer import ResumableTrainer, Trial
 from hf_vdneuron.schedules import Phase, PhasePlan
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -45,14 +35,11 @@ from hf_vdneuron.training_args import VDTrainingArguments
 
 __all__ = ["VDTrainer"]
 
-#: A trial of whichever library searches for hyperparameters.
-Trial = object
-
 #: Tokens of a sequence for the expected speed-up, where the data does not tell.
 DEFAULT_LENGTH = 128
 
 
-class VDTrainer(HubTrainer):
+class VDTrainer(ResumableTrainer):
     r"""Fine-tunes, sparsifies and recovers a model in one `train()`.
 
     In sparsification it minimises, per example, `nll + kl_weight * kl / num_data` (1): the KL counts once per
@@ -91,7 +78,7 @@ class VDTrainer(HubTrainer):
             raise ValueError("`model` is patched already, in its own way: leave `vd_config` out.")
         require_no_scheduler(kwargs.get("optimizers"))
         require_one_process_per_device(args)
-        self.vd_config = vd_config or VDConfig()
+        self.vd_config = vd_config or VDConfig()  # None for a model that came patched
         self.max_length = max_length
         self._teacher = Teacher(teacher)
         self._means = RunningMeans()
@@ -119,7 +106,10 @@ class VDTrainer(HubTrainer):
         return cast(PreTrainedModel, self._patch_(super().call_model_init(trial)))
 
     def _patch_(self, model: nn.Module) -> nn.Module:
-        return model if variational_layers(model) else patch_model_(model, self.vd_config)
+        if variational_layers(model):
+            self.vd_config = None
+            return model
+        return patch_model_(model, self.vd_config)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -153,26 +143,6 @@ class VDTrainer(HubTrainer):
     def kl_weight(self) -> float:
         """Weight of the KL term at the step that comes next; 0 outside sparsification."""
         return self._steering.kl_weight(self.args, self.plan, step=self.state.global_step)
-
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, trial: Trial | None = None, **kwargs: Any
-    ) -> TrainOutput:
-        """Fine-tune, sparsify and recover.
-
-        Args:
-            resume_from_checkpoint: Folder of a checkpoint to go on from, or True for the last complete one in
-                `output_dir`. One that was being saved when its run was killed is never taken for whole.
-            trial: Trial of a hyperparameter search.
-            **kwargs: Whatever else `Trainer.train` takes.
-
-        Returns:
-            What `Trainer.train` does: steps, loss and times.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        elif resume_from_checkpoint:
-            require_complete(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, **kwargs)
 
     # ---- Objective ----
 
@@ -371,30 +341,10 @@ class VDTrainer(HubTrainer):
                 logs |= structure_logs(self.model, mask, threshold=threshold, length=self.max_length)
         super().log(logs, start_time)
 
-    # ---- Checkpoints: private methods of the Trainer, watched by tests/test_trainer.py ----
+    # ---- Private methods of the Trainer, watched by tests/test_trainer.py ----
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial | None) -> bool:
         """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
         if self.plan.sparsify_steps and self.state.global_step <= self.plan.recover_start:
             return False
         return super()._determine_best_metric(metrics, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save under the names that a resumed run loads by (huggingface/transformers#48805)."""
-        with native_names(self.model):
-            super()._save(output_dir, state_dict)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
-        """Put what a resumed run needs beside the weights, and first: a checkpoint cut short then cannot lack it."""
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoint = open_checkpoint(Path(self._get_output_dir(trial)) / name)
-            self._teacher.save(checkpoint)
-            save_steering(self._steering.state(), checkpoint)
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Take back what the run had beside its weights."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._teacher.load_(resume_from_checkpoint, self.model)
-        self._steering.load_(load_steering(resume_from_checkpoint))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
-from hf_vdneuron.schedules import Decay, PhasePlan
+from hf_vdneuron.schedules import Decay, Phase, PhasePlan
 
 
 __all__ = ["SpeedupFrom", "VDTrainingArguments"]
@@ -217,6 +217,17 @@ class VDTrainingArguments(TrainingArguments):
                 f"{', '.join(Decay)}."
             )
         return Decay(name)
+
+    def phase(self, state: TrainerState) -> Phase:
+        """Tell callbacks where a run stands.
+
+        Args:
+            state: State of the run, as callbacks get it beside these arguments.
+
+        Returns:
+            Phase of the step that comes next.
+        """
+        return self.phase_plan(state.max_steps).phase_at(state.global_step)
 
     def phase_plan(self, num_steps: int) -> PhasePlan:
         """Divide a run into phases.

@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.checkpoints import save_config
 from hf_vdneuron.cli import (
     check_counts,
     one_line_errors,
@@ -236,7 +237,7 @@ def build_trainer(job: Job, args: VDTrainingArguments, vd_config: VDConfig) -> G
 
 
 def save_model(trainer: GlueTrainer, folder: str | Path) -> None:
-    """Save model and tokenizer.
+    """Save model, tokenizer and how the model was patched.
 
     Args:
         trainer: A trainer that has pruned.
@@ -244,6 +245,8 @@ def save_model(trainer: GlueTrainer, folder: str | Path) -> None:
     """
     cast(PreTrainedTokenizerBase, trainer.processing_class).save_pretrained(folder)
     trainer.model.save_pretrained(folder)
+    if trainer.vd_config is not None:
+        save_config(trainer.vd_config, folder)
 
 
 def load_again(trainer: GlueTrainer) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -51,6 +51,7 @@ DOWNHILL = [
     "checkpoints",
     "distillation",
     "phases",
+    "resumable_trainer",
     "trainer",
     "glue",
     "labels",

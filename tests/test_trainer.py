@@ -48,6 +48,7 @@ from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase, default_kl_weight
 from hf_vdneuron.trainer import VDTrainer
+from hf_vdneuron.training_args import VDTrainingArguments
 
 
 Run = tuple[Path, dict[str, Tensor]]
@@ -282,6 +283,36 @@ def test_a_checkpoint_that_lost_its_steering_is_refused(uninterrupted_to_target:
     with pytest.raises(ValueError, match="checkpoint of step 6 does not say which KL weight"):
         run(tmp_path, resume_from=6, **STEERED)
     assert run(tmp_path, resume_from=6, **(STEERED | {"kl_weight": 1e-3}))
+
+
+class Witness(TrainerCallback):
+    """Notes what a user's callback can see before every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Phase, bool]] = []
+
+    def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:
+        kept = read_mask(run["model"]).keep.values()
+        self.seen.append((args.phase(state), all(keep.all() for keep in kept)))
+
+
+def test_callbacks_see_phase_and_masks(tmp_path: Path) -> None:
+    witness = Witness()
+    trainer = make_trainer(tmp_path, trainer_options={"callbacks": [witness]}, **PRUNING)
+    trainer.train()
+    assert [phase for phase, _ in witness.seen] == [*[Phase.FINETUNE] * 4, *[Phase.SPARSIFY] * 4, *[Phase.RECOVER] * 4]
+    # The cut is made at the first step of recovery, behind the callbacks of the user.
+    assert [whole for _, whole in witness.seen] == [True] * 9 + [False] * 3
+
+
+@pytest.mark.parametrize("config", [VDConfig(query_key=True), None], ids=["ours", "patched-before"])
+def test_a_saved_model_says_how_it_was_patched(tmp_path: Path, config: VDConfig | None) -> None:
+    model = tiny_bert() if config else patch_model_(tiny_bert())
+    trainer = make_trainer(tmp_path, model, trainer_options={"vd_config": config})
+    trainer.save_model(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "vd_config.json"
+    assert file.exists() == (config is not None)
+    assert config is None or VDConfig.from_json(file.read_text(encoding="utf-8")) == config
 
 
 def test_the_teacher_is_saved_before_anything_that_a_run_resumes_from(
