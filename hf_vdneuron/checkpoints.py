@@ -53,8 +53,9 @@ def save_teacher(teacher: nn.Module, checkpoint: str | Path) -> None:
 
     Args:
         teacher: The teacher.
-        checkpoint: Folder of a checkpoint.
+        checkpoint: Folder of a checkpoint; made if it is not there yet.
     """
+    Path(checkpoint).mkdir(parents=True, exist_ok=True)
     save_model(teacher, str(Path(checkpoint) / TEACHER_FILE))
 
 

@@ -151,7 +151,7 @@ def saved(model: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "OUT"
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    card = render_model_card(REPORT, architecture="BertForSequenceClassification", repo_id="OUT", is_cut=True)
+    card = render_model_card(REPORT, (), architecture="BertForSequenceClassification", repo_id="OUT", is_cut=True)
     card.save(folder / "README.md")
     write(folder / "report.json", json.dumps(REPORT.to_dict()))
     write(folder / "report.html", "<p>all that was measured</p>")
@@ -393,7 +393,7 @@ def test_trainer_push_to_hub(hub: Hub, tmp_path: Path) -> None:
     trainer.push_to_hub()
     repo = hub.repos["me/run"]
     expected = {".gitattributes", "README.md", "config.json", "model.safetensors"}
-    expected |= {"tokenizer.json", "tokenizer_config.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "vd_config.json"}
     assert repo.is_private
     assert repo.files.keys() == expected
     assert any(name.endswith(".log_var") for name in load(repo.files["model.safetensors"]))
@@ -422,7 +422,7 @@ def test_a_training_run_uploads_no_pickles(hub: Hub, tmp_path: Path) -> None:
     trainer.save_model()
     assert repo.commits[-1].message == "Model save"
     names = {name for commit in repo.commits for name in commit.files}
-    assert names <= UPLOADED
+    assert names <= UPLOADED | {"vd_config.json"}
     assert "model.safetensors" in names
 
 
