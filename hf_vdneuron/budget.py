@@ -237,6 +237,7 @@ class Budget:
         cost: Function from units left to their cost; it never falls when units are added.
         limit: Highest cost that meets the target.
         achieved: Function from a cost to what the option would be for it.
+        digits: How its values are written, as a format.
     """
 
     name: str
@@ -244,6 +245,7 @@ class Budget:
     cost: Callable[[UnitCounts], float]
     limit: float
     achieved: Callable[[float], float]
+    digits: str = ".4g"
 
     def require_reachable(self, least: UnitCounts) -> None:
         """Refuse a target that no structure meets, or that the whole model does.
@@ -254,15 +256,19 @@ class Budget:
         Raises:
             ValueError: If even that costs more than the limit, or the complete model no more.
         """
+        asked, most, now = (
+            format(value, self.digits)
+            for value in (self.asked, self.achieved(self.cost(least)), self.achieved(self.cost({})))
+        )
         if self.cost(least) > self.limit:
             raise ValueError(
-                f"`{self.name}` is {self.asked:g}: with every patched head and neuron gone it is "
-                f"{self.achieved(self.cost(least)):g}. Ask for less, or let `VDConfig` patch more."
+                f"`{self.name}` is {asked}, out of reach: with every patched head and neuron gone it is {most}. Stay "
+                f"on this side of that, or let `VDConfig` patch more."
             )
         if self.cost({}) <= self.limit:
             raise ValueError(
-                f"`{self.name}` is {self.asked:g}, which the complete model meets: it has "
-                f"{self.achieved(self.cost({})):g}. Ask for more."
+                f"`{self.name}` is {asked}, which the complete model meets: it has {now}. Set it between that and "
+                f"{most}, or leave it out."
             )
 
 
@@ -317,7 +323,7 @@ def parameter_budget(costs: Costs, target: int) -> Budget:
     Returns:
         The budget.
     """
-    return Budget("target_params", target, costs.parameters, target, lambda left: left)
+    return Budget("target_params", target, costs.parameters, target, lambda left: left, digits=",.0f")
 
 
 def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budget: Budget) -> RelevanceMask:
@@ -336,13 +342,19 @@ def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budg
         A mask over every sub-layer. Each removed unit ends on its less relevant side.
 
     Raises:
-        ValueError: If the budget cannot be met.
+        ValueError: If the budget cannot be met, or a relevance is not a number.
     """
     weakest = {sublayer.path: relevance[sublayer.path].amin(0) for sublayer in sublayers}
-    removable = {path: int(values.isfinite().sum()) for path, values in weakest.items()}
+    if lost := [path for path, values in weakest.items() if values.isnan().any()]:
+        raise ValueError(
+            f"The relevance of `{lost[0]}` is not a number: training has diverged. Resume from an earlier checkpoint "
+            "with a lower `learning_rate` or smaller distances."
+        )
     sizes = {sublayer.path: sublayer.num_units for sublayer in sublayers}
-    budget.require_reachable({path: sizes[path] - removable[path] for path in sizes})
     prices = {path: (budget.cost({}) - budget.cost({path: 0})) / max(1, size) for path, size in sizes.items()}
+    # What costs nothing is not worth removing.
+    weakest = {path: values if prices[path] > 0 else torch.full_like(values, inf) for path, values in weakest.items()}
+    budget.require_reachable({path: int((~values.isfinite()).sum()) for path, values in weakest.items()})
     # Ties fall by path and unit: every process has to remove the same.
     ranked = sorted(
         (value / prices[path], path, unit)

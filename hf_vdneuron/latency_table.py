@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -101,7 +102,10 @@ def measure_latency_table(model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
         inputs: Keyword arguments of a forward; the first one has shape `(batch_size, length)`.
 
     Returns:
-        The table.
+        The table; where the clock says that more units are faster, it takes their mean.
+
+    Raises:
+        ValueError: If heads and neurons take no time that can be measured.
     """
     complete = dense_twin(model)
     sizes = {unit: [part.num_units for part in find_sublayers(complete) if part.unit is unit] for unit in Unit}
@@ -116,10 +120,17 @@ def measure_latency_table(model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
         return seconds["smaller"] / seconds["complete"]
 
     empty = timed(dict.fromkeys(units, 0))
+    none = dict.fromkeys(units, 0)
     relative = {
-        unit: np.maximum.accumulate([empty, *(timed({**dict.fromkeys(units, 0), unit: count}) for count in counts)])
+        unit: isotonic_regression([empty, *(timed({**none, unit: count}) for count in counts)]).x
         for unit, counts in units.items()
     }
+    empty = min(float(values[0]) for values in relative.values())
+    if empty >= 1 or all(values[-1] <= empty for values in relative.values()):
+        raise ValueError(
+            "Heads and neurons take no time that can be measured here: expected a forward that is slower with them. "
+            "Raise `latency_batch_size`, or ask for a speed-up in multiply-accumulates."
+        )
     scale = float(np.median(dense))
     batch_size, length = next(iter(inputs.values())).shape[:2]
     return LatencyTable(

@@ -2,6 +2,7 @@
 """What a model does with the number of loss terms in a step, whatever its signature says."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["honours_num_items"]
 
 
 @torch.no_grad()
-def honours_num_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def honours_num_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool | None:
     """Find out whether a model divides its loss by `num_items_in_batch`.
 
     Many heads take the argument and ignore it, and the Trainer then multiplies their gradients by the number of
@@ -23,10 +24,12 @@ def honours_num_items(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         inputs: One micro-batch, with labels.
 
     Returns:
-        Whether its loss depends on the number.
+        Whether its loss depends on the number; None if this micro-batch cannot tell, having no target at all.
     """
     model.eval()
     outputs = [model(**inputs, num_items_in_batch=torch.tensor(count)) for count in (1, 2)]
     model.train()
     losses = [out["loss"] if isinstance(out, dict) else out[0] for out in outputs]
-    return not torch.equal(*losses)
+    first, second = (loss.item() for loss in losses)
+    # The loss of no targets is not a number, and half of nothing is nothing.
+    return None if not (isfinite(first) and isfinite(second) and first) else first != second

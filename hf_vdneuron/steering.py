@@ -29,8 +29,15 @@ from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
 __all__ = ["Steering"]
 
-#: How often the controller looks at the posterior in one sparsification: a look costs a pass over its weights.
+#: How often at least the controller looks at the posterior in one sparsification, a pass over its weights each time.
 LOOKS = 100
+
+#: How many times higher or lower than its first guess the KL weight can get: a posterior that does not follow by then
+#: would only be drowned in noise, and the cut meets the target all the same.
+FURTHEST = 30.0
+
+#: Share of the removable cost for which a first guess is still made; a target that leaves less starts as high.
+LEAST_SHARE = 0.02
 
 
 class Steering:
@@ -55,8 +62,9 @@ class Steering:
         self._costs: Costs | None = None
         self._budget: Budget | None = None
         self._table: LatencyTable | None = None
-        #: Both are 0 until they are known.
-        self._kl_weight, self._cost_at_start = 0.0, 0.0
+        self._least, self._first = 0.0, 0.0
+        self._kl_weight: float | None = None
+        self._units_at_start: dict[str, float] | None = None
 
     # ---- Setting out ----
 
@@ -74,7 +82,7 @@ class Steering:
         """
         self.removed = None
         if step <= plan.sparsify_start:
-            self._kl_weight, self._cost_at_start = 0.0, 0.0
+            self._kl_weight, self._units_at_start = None, None
         if step == 0:
             self._table = None
         self._costs, self._budget = None, None
@@ -84,17 +92,17 @@ class Steering:
         if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY and self._table is None:
             self._table = _measure_once(model, args, self.length)
         budget = target_budget(args, costs, self._table)
-        budget.require_reachable({
-            path: int((~values.amin(0).isfinite()).sum()) for path, values in unit_relevance(model).items()
-        })
-        self._costs, self._budget = costs, budget
-        if not self._kl_weight:
-            if plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
-                raise ValueError(
-                    f"The checkpoint of step {step} does not say which KL weight the run had reached: expected "
-                    f"its steering in it. Resume from another one, or set `kl_weight`."
-                )
-            self._kl_weight = first_kl_weight(self.num_data(), budget.limit / budget.cost({}))
+        removable = unit_relevance(model)
+        least = {path: int((~values.amin(0).isfinite()).sum()) for path, values in removable.items()}
+        budget.require_reachable(least)
+        self._costs, self._budget, self._least = costs, budget, budget.cost(least)
+        share_left = (budget.limit - self._least) / (budget.cost({}) - self._least)
+        self._first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
+        if self._kl_weight is None and plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
+            raise ValueError(
+                f"The checkpoint of step {step} does not say which KL weight the run had reached: expected its "
+                "steering in it. Resume from another one, or set `kl_weight`."
+            )
 
     # ---- On the way ----
 
@@ -112,7 +120,7 @@ class Steering:
         if plan.phase_at(step) is not Phase.SPARSIFY:
             return 0.0
         if self._is_steered(args):
-            return self._kl_weight
+            return self._first if self._kl_weight is None else self._kl_weight
         final = default_kl_weight(self.num_data()) if args.kl_weight is None else args.kl_weight
         return kl_weight_at(*plan.position(step), kl_weight=final, ramp=args.kl_ramp, start=args.kl_start)
 
@@ -129,19 +137,26 @@ class Steering:
             step: Steps done, in this run and with the one just done.
         """
         done, every = step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
-        if self._budget is None or not 0 <= done <= plan.sparsify_steps or done % every:
+        if self._budget is None or self._costs is None or not 0 <= done <= plan.sparsify_steps or done % every:
             return
-        cost = self._budget.cost(expected_units(model))
-        if done == 0:
-            self._cost_at_start = cost
+        expected = expected_units(model)
+        if done == 0 or self._units_at_start is None:
+            self._kl_weight, self._units_at_start = self._first, expected
             return
-        self.removed = (self._cost_at_start - cost) / (self._cost_at_start - KEPT_RATE * self._budget.limit)
+        # Against the keep rates at the start, which depend on how large the weights of a model are.
+        counts = {
+            part.path: part.num_units * expected[part.path] / (self._units_at_start[part.path] or 1.0)
+            for part in self._costs.sublayers
+        }
+        full, goal = self._budget.cost({}), self._least + KEPT_RATE * (self._budget.limit - self._least)
+        self.removed = (full - self._budget.cost(counts)) / (full - goal)
         if self._is_steered(args):
-            self._kl_weight = steer_kl_weight(
-                self._kl_weight,
+            moved = steer_kl_weight(
+                self._first if self._kl_weight is None else self._kl_weight,
                 behind=removal_path(done / plan.sparsify_steps) - self.removed,
                 share_of_phase=every / plan.sparsify_steps,
             )
+            self._kl_weight = min(max(moved, self._first / FURTHEST), self._first * FURTHEST)
 
     # ---- Arriving ----
 
@@ -169,7 +184,7 @@ class Steering:
         """Return what a checkpoint has to keep, as JSON types."""
         return {
             "kl_weight": self._kl_weight,
-            "cost_at_start": self._cost_at_start,
+            "units_at_start": self._units_at_start,
             "latency_table": self._table and self._table.to_json(),
         }
 
@@ -180,7 +195,7 @@ class Steering:
             state: The state of the run that is resumed, None if its checkpoint has none.
         """
         state = state or Steering(self.length, self.num_data).state()
-        self._kl_weight, self._cost_at_start = state["kl_weight"], state["cost_at_start"]
+        self._kl_weight, self._units_at_start = state["kl_weight"], state["units_at_start"]
         table = state["latency_table"]
         self._table = table and LatencyTable.from_json(table)
 

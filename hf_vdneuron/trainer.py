@@ -43,15 +43,15 @@ class VDTrainer(ResumableTrainer):
     r"""Fine-tunes, sparsifies and recovers a model in one `train()`.
 
     In sparsification it minimises, per example, `nll + kl_weight * kl / num_data` (1): the KL counts once per
-    optimizer step, and EM moves the prior once after it. Then the dropout-rate rule masks what is irrelevant, and
-    recovery trains the rest. `prune()` removes it for good.
+    optimizer step, and EM moves the prior once after it. Then what the target leaves no room for is masked, or without
+    one what the dropout-rate rule finds irrelevant, and recovery trains the rest. `prune()` removes it for good.
 
     Args:
         model: Model to train. A dense one is patched in place.
         args: Arguments of the run.
         vd_config: How to patch, for a model that is not patched yet.
         teacher: Dense model whose logits are the targets; by default the model itself as fine-tuned.
-        max_length: Tokens of a sequence for which the expected speed-up is logged.
+        max_length: Tokens of a sequence for which a speed-up is asked and logged.
         **kwargs: Whatever `Trainer` takes. `optimizers` can bring an optimizer, but no scheduler.
 
     Raises:
@@ -225,7 +225,7 @@ class VDTrainer(ResumableTrainer):
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         if not (is_own or known or parts == 1):
             self._honours_num_items = honours_num_items(model, inputs)
-            self.model_accepts_loss_kwargs = self._honours_num_items
+            self.model_accepts_loss_kwargs = self._honours_num_items is not False
 
     # ---- Optimizer ----
 

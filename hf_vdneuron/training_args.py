@@ -154,7 +154,11 @@ class VDTrainingArguments(TrainingArguments):
         """
         super().__post_init__()
         self._check_ranges()
-        self.target  # noqa: B018  # refuses two of them
+        if self.target is not None and self.sparsify_fraction == 0:
+            raise ValueError(
+                f"`{self.target}` is set, but `sparsify_fraction` is 0, so that nothing would be removed: give the "
+                "sparsification a share of the run, or leave the target out."
+            )
         options = self.gradient_checkpointing_kwargs
         if self.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
             raise ValueError(
@@ -201,7 +205,8 @@ class VDTrainingArguments(TrainingArguments):
         if self.target is None:
             return f"dropout rate above {self.dropout_rate_threshold}"
         source = f" in {self.speedup_from}" if self.target == "target_speedup" else ""
-        return f"{self.target} {getattr(self, self.target):g}{source}"
+        value = getattr(self, self.target)
+        return f"{self.target} {value:,}{source}" if isinstance(value, int) else f"{self.target} {value:g}{source}"
 
     @property
     def decay(self) -> Decay:

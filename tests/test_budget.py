@@ -16,6 +16,7 @@ from hf_vdneuron.budget import (
     Budget,
     Costs,
     body_cost,
+    cost_ratio_budget,
     keep_within,
     parameter_budget,
     sparsity_budget,
@@ -25,7 +26,7 @@ from hf_vdneuron.budget import (
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.sublayers import Sublayer
+from hf_vdneuron.sublayers import Sublayer, Unit
 
 
 LENGTH = 6
@@ -168,10 +169,16 @@ def test_what_has_no_posterior_stays() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda costs: speedup_budget(costs, 100.0), r"`target_speedup` is 100: .* gone it is [\d.]+\. Ask for less"),
-        (lambda costs: sparsity_budget(costs, 0.999), r"`target_sparsity` is 0\.999: .* gone it is 0\.\d+\. Ask"),
-        (lambda costs: parameter_budget(costs, 10), r"`target_params` is 10: .* gone it is \d+\. Ask for less"),
-        (lambda costs: parameter_budget(costs, 10**9), r"`target_params` is 1e\+09, which the complete model meets"),
+        (
+            lambda costs: speedup_budget(costs, 100.0),
+            r"`target_speedup` is 100, out of reach: .* it is \d\. Stay",
+        ),
+        (lambda costs: sparsity_budget(costs, 0.999), r"`target_sparsity` is 0\.999, out of reach: .* it is 0\.\d+\."),
+        (lambda costs: parameter_budget(costs, 10), r"`target_params` is 10, out of reach: .* it is \d,\d{3}\. Stay"),
+        (
+            lambda costs: parameter_budget(costs, 10**9),
+            r"`target_params` is 1,000,000,000, which the complete model meets: it has \d,\d{3}\. Set it between",
+        ),
     ],
     ids=["speedup", "sparsity", "too-few-parameters", "more-parameters-than-there-are"],
 )
@@ -182,3 +189,23 @@ def test_a_target_out_of_reach_is_refused(make: Callable[[Costs], Budget], messa
         relevance[sublayer.path].fill_(torch.inf)
     with pytest.raises(ValueError, match=message):
         keep_within(costs.sublayers, relevance, make(costs))
+
+
+def test_a_posterior_that_diverged_is_named() -> None:
+    costs = Costs(tiny_model("bert", "sequence_classification"), length=LENGTH)
+    relevance = random_relevance(costs.sublayers)
+    relevance[costs.sublayers[2].path][0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"relevance of `bert.encoder.layer.1.attention` is not a number: training has"
+    ):
+        keep_within(costs.sublayers, relevance, speedup_budget(costs, 2.0))
+
+
+def test_what_costs_nothing_stays() -> None:
+    costs = Costs(tiny_model("bert", "sequence_classification"), length=LENGTH)
+    neurons = [part.path for part in costs.sublayers if part.unit is Unit.NEURON]
+    heads = {part.path: part.num_units for part in costs.sublayers if part.unit is Unit.HEAD}
+    budget = cost_ratio_budget(lambda counts: 1 + sum(counts.get(path, size) for path, size in heads.items()), 2.0)
+    mask = keep_within(costs.sublayers, random_relevance(costs.sublayers), budget)
+    assert all(mask.keep[path].all() for path in neurons)
+    assert budget.cost(unit_counts(costs.sublayers, mask)) <= budget.limit

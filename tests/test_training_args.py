@@ -50,6 +50,10 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
             {"target_speedup": 2.0, "target_params": 9},
             "`target_speedup` and `target_params` are set: expected at most one",
         ),
+        (
+            {"sparsify_fraction": 0, "target_speedup": 2.0},
+            "`target_speedup` is set, but `sparsify_fraction` is 0, so that nothing would be removed",
+        ),
         ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
@@ -99,7 +103,7 @@ def test_every_field_is_a_flag(tmp_path: Path) -> None:
         (["--target_speedup", "2"], "target_speedup 2 in macs"),
         (["--target_speedup", "1.5", "--speedup_from", "latency"], "target_speedup 1.5 in latency"),
         (["--target_sparsity", "0.6"], "target_sparsity 0.6"),
-        (["--target_params", "2000000"], "target_params 2e+06"),
+        (["--target_params", "2000000"], "target_params 2,000,000"),
     ],
     ids=["rule", "macs", "latency", "sparsity", "parameters"],
 )
