@@ -23,12 +23,8 @@ __all__ = [
     "Costs",
     "UnitCounts",
     "body_cost",
-    "cost_ratio_budget",
     "keep_within",
-    "parameter_budget",
-    "sparsity_budget",
     "speedup",
-    "speedup_budget",
     "unit_counts",
     "units_left",
 ]
@@ -270,60 +266,6 @@ class Budget:
                 f"`{self.name}` is {asked}, which the complete model meets: it has {now}. Set it between that and "
                 f"{most}, or leave it out."
             )
-
-
-def speedup_budget(costs: Costs, target: float) -> Budget:
-    """Ask for a speed-up by multiply-accumulates.
-
-    Args:
-        costs: Costs of the model.
-        target: Dense over pruned multiply-accumulates of the body, above 1.
-
-    Returns:
-        The budget.
-    """
-    return cost_ratio_budget(costs.macs, target)
-
-
-def cost_ratio_budget(cost: Callable[[UnitCounts], float], target: float) -> Budget:
-    """Ask for a speed-up by any cost.
-
-    Args:
-        cost: Function from units left to their cost.
-        target: Dense over pruned cost, above 1.
-
-    Returns:
-        The budget.
-    """
-    full = cost({})
-    return Budget("target_speedup", target, cost, full / target, lambda left: full / left if left else inf)
-
-
-def sparsity_budget(costs: Costs, target: float) -> Budget:
-    """Ask for a share of the weights of heads and neurons to be removed.
-
-    Args:
-        costs: Costs of the model.
-        target: The share, between 0 and 1.
-
-    Returns:
-        The budget.
-    """
-    full = costs.weights({})
-    return Budget("target_sparsity", target, costs.weights, (1 - target) * full, lambda left: 1 - left / full)
-
-
-def parameter_budget(costs: Costs, target: int) -> Budget:
-    """Ask for a number of parameters.
-
-    Args:
-        costs: Costs of the model.
-        target: Highest number of parameters of the whole model.
-
-    Returns:
-        The budget.
-    """
-    return Budget("target_params", target, costs.parameters, target, lambda left: left, digits=",.0f")
 
 
 def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budget: Budget) -> RelevanceMask:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was asked for, as a budget."""
 
+from collections.abc import Callable
 from functools import partial
+from math import inf
 
-from hf_vdneuron.budget import Budget, Costs, cost_ratio_budget, parameter_budget, sparsity_budget, speedup_budget
+from hf_vdneuron.budget import Budget, Costs, UnitCounts
 from hf_vdneuron.latency_table import LatencyTable
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
 
-__all__ = ["target_budget"]
+__all__ = ["cost_ratio_budget", "parameter_budget", "sparsity_budget", "speedup_budget", "target_budget"]
 
 
 def target_budget(args: VDTrainingArguments, costs: Costs, table: LatencyTable | None) -> Budget:
@@ -34,3 +36,57 @@ def target_budget(args: VDTrainingArguments, costs: Costs, table: LatencyTable |
     if args.speedup_from is SpeedupFrom.LATENCY and table is not None:
         return cost_ratio_budget(partial(table.predict, costs.sublayers), args.target_speedup)
     return speedup_budget(costs, args.target_speedup)
+
+
+def speedup_budget(costs: Costs, target: float) -> Budget:
+    """Ask for a speed-up by multiply-accumulates.
+
+    Args:
+        costs: Costs of the model.
+        target: Dense over pruned multiply-accumulates of the body, above 1.
+
+    Returns:
+        The budget.
+    """
+    return cost_ratio_budget(costs.macs, target)
+
+
+def cost_ratio_budget(cost: Callable[[UnitCounts], float], target: float) -> Budget:
+    """Ask for a speed-up by any cost.
+
+    Args:
+        cost: Function from units left to their cost.
+        target: Dense over pruned cost, above 1.
+
+    Returns:
+        The budget.
+    """
+    full = cost({})
+    return Budget("target_speedup", target, cost, full / target, lambda left: full / left if left else inf)
+
+
+def sparsity_budget(costs: Costs, target: float) -> Budget:
+    """Ask for a share of the weights of heads and neurons to be removed.
+
+    Args:
+        costs: Costs of the model.
+        target: The share, between 0 and 1.
+
+    Returns:
+        The budget.
+    """
+    full = costs.weights({})
+    return Budget("target_sparsity", target, costs.weights, (1 - target) * full, lambda left: 1 - left / full)
+
+
+def parameter_budget(costs: Costs, target: int) -> Budget:
+    """Ask for a number of parameters.
+
+    Args:
+        costs: Costs of the model.
+        target: Highest number of parameters of the whole model.
+
+    Returns:
+        The budget.
+    """
+    return Budget("target_params", target, costs.parameters, target, lambda left: left, digits=",.0f")

@@ -16,17 +16,14 @@ from hf_vdneuron.budget import (
     Budget,
     Costs,
     body_cost,
-    cost_ratio_budget,
     keep_within,
-    parameter_budget,
-    sparsity_budget,
-    speedup_budget,
     unit_counts,
 )
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.sublayers import Sublayer, Unit
+from hf_vdneuron.targets import cost_ratio_budget, parameter_budget, sparsity_budget, speedup_budget
 
 
 LENGTH = 6
