@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_vdneuron.elbo import variational_layers
-from hf_vdneuron.schedules import Phase
+from hf_vdneuron.masks import read_mask
+from hf_vdneuron.schedules import Phase, PhasePlan
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = [
     "require_all_phases",
+    "require_decision",
     "require_examples",
     "require_kl_gradient",
     "require_no_scheduler",
@@ -101,6 +103,27 @@ def require_posterior(model: nn.Module) -> None:
         raise ValueError(
             "The model has no variational layer left to sparsify, as after `prune()`: set `sparsify_fraction=0` to "
             "train it as it is, or make a new `VDTrainer` with it to sparsify it further."
+        )
+
+
+def require_decision(model: nn.Module, plan: PhasePlan, step: int) -> None:
+    """Refuse to remove what nothing has decided about: no posterior was trained, and no mask is there.
+
+    Args:
+        model: The model.
+        plan: Phases of the latest run; without steps before the first.
+        step: Steps done in it.
+
+    Raises:
+        ValueError: If sparsification has not begun and the model carries no mask.
+    """
+    has_decided = step > plan.sparsify_start if plan.sparsify_steps else step > 0  # a run without it asks for nothing
+    if has_decided:
+        return
+    if variational_layers(model) and all(keep.all() for keep in read_mask(model).keep.values()):
+        raise ValueError(
+            f"Nothing has decided what goes: {step} steps are done, and none of them sparsified. Call `train()` first "
+            "or choose yourself and call `prune_model_(model, mask)`, as with `relevance_mask(model)`."
         )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from hf_vdneuron.checks import (
+    require_decision,
     require_examples,
     require_kl_gradient,
     require_no_scheduler,
@@ -310,7 +311,11 @@ class VDTrainer(ResumableTrainer):
 
         Returns:
             The trainer's model, smaller.
+
+        Raises:
+            ValueError: If no step has sparsified and the model carries no mask.
         """
+        require_decision(self.model, self.plan, self.state.global_step)
         # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
         if vars(self.model).pop("_original_forward", None) is not None:
             del self.model.forward

@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -43,7 +44,7 @@ from hf_vdneuron.config import VDConfig
 from hf_vdneuron.elbo import num_weights, variational_layers
 from hf_vdneuron.functional import gaussian_kl
 from hf_vdneuron.layers import VariationalLayer
-from hf_vdneuron.masks import read_mask
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase, default_kl_weight
@@ -273,6 +274,32 @@ def test_a_checkpoint_that_lost_its_teacher_is_refused(uninterrupted: Run, tmp_p
     with pytest.raises(ValueError, match="checkpoint of step 7 holds no teacher: expected the model of step 4"):
         run(tmp_path, resume_from=7)
     assert run(tmp_path, resume_from=7, distillation_weight=0)
+
+
+class StopEarly(TrainerCallback):
+    """Stops a run in its fine-tuning."""
+
+    def on_step_end(self, args: VDTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["before-any-run", "stopped-in-fine-tuning"])
+def test_nothing_is_removed_before_anything_was_decided(tmp_path: Path, trains: bool) -> None:
+    trainer = make_trainer(tmp_path, trainer_options={"callbacks": [StopEarly()]}, target_speedup=1.5)
+    if trains:
+        trainer.train()
+    with pytest.raises(ValueError, match=rf"Nothing has decided what goes: {2 * trains} steps are done.*`train\(\)`"):
+        trainer.prune()
+    assert variational_layers(trainer.model)
+
+
+def test_a_mask_of_ones_own_is_a_decision(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    keep = read_mask(trainer.model).keep
+    for kept in keep.values():
+        kept[1, 0] = False
+    mask_model_(trainer.model, RelevanceMask(keep))
+    assert trainer.prune().config.vdneuron is not None
 
 
 def test_a_checkpoint_that_lost_its_steering_is_refused(uninterrupted_to_target: Run, tmp_path: Path) -> None:
