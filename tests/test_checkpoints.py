@@ -19,11 +19,11 @@ from hf_vdneuron.checkpoints import is_complete, last_checkpoint, load_steering,
 
 NUM_KILLS = 20
 
-#: Seconds from the start of a process to its end by chance, and from the start of a save to its end.
-LONGEST_LIFE, LONGEST_SAVE = 6.0, 0.02
+#: Seconds at most from what is waited for to the kill: from the start of a process, and from a step or a save on.
+LONGEST_START, LONGEST_STEP = 1.0, 0.03
 
 OPTIONS: dict[str, Any] = {
-    "max_steps": 45,
+    "max_steps": 60,
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 3,
@@ -98,9 +98,21 @@ def saving(output_dir: Path) -> set[str]:
     return {folder.name for folder in output_dir.glob("checkpoint-*") if not is_complete(folder)}
 
 
+def last_step(output_dir: Path) -> int:
+    """Step of the last complete checkpoint."""
+    complete = (folder.name for folder in output_dir.glob("checkpoint-*") if is_complete(folder))
+    return max((int(name.rpartition("-")[2]) for name in complete), default=0)
+
+
 def wait_for_a_save(process: multiprocessing.process.BaseProcess, output_dir: Path) -> None:
     before = saving(output_dir)
     while process.exitcode is None and not saving(output_dir) - before:
+        pass
+
+
+def wait_for_a_step(process: multiprocessing.process.BaseProcess, output_dir: Path) -> None:
+    before = last_step(output_dir)
+    while process.exitcode is None and last_step(output_dir) == before:
         pass
 
 
@@ -113,11 +125,13 @@ def test_a_run_killed_again_and_again_ends_where_it_would_have(
     while not (killed / "pruned").exists():
         process = processes.Process(target=train, args=(killed,))
         process.start()
-        if kills % 2:
-            wait_for_a_save(process, killed)
-            process.join(chance.uniform(0, LONGEST_SAVE))
+        if kills == NUM_KILLS:
+            process.join()
+        elif kills % 4 == 0:
+            process.join(chance.uniform(0, LONGEST_START))
         else:
-            process.join(chance.uniform(0, LONGEST_LIFE) if kills < NUM_KILLS else None)
+            (wait_for_a_save if kills % 2 else wait_for_a_step)(process, killed)
+            process.join(chance.uniform(0, LONGEST_STEP))
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -132,7 +146,7 @@ def test_a_run_killed_again_and_again_ends_where_it_would_have(
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert (killed / "pruned" / "config.json").read_text() == (whole / "pruned" / "config.json").read_text()
     # Else it would have shown little.
-    assert kills >= NUM_KILLS
+    assert kills == NUM_KILLS
     assert in_a_save >= NUM_KILLS // 4
     assert len(killed_at) >= NUM_KILLS // 4
 
@@ -140,6 +154,6 @@ def test_a_run_killed_again_and_again_ends_where_it_would_have(
 def test_what_the_killed_run_goes_through(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **OPTIONS)
     trainer.train()
-    state = json.loads((tmp_path / "checkpoint-45" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
     assert len({logs["kl_weight"] for logs in state["log_history"] if logs.get("kl_weight")}) > 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-43", "checkpoint-44", "checkpoint-45"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-58", "checkpoint-59", "checkpoint-60"]
