@@ -23,6 +23,7 @@ __all__ = [
     "Costs",
     "UnitCounts",
     "body_cost",
+    "cost_ratio",
     "keep_within",
     "speedup",
     "unit_counts",
@@ -200,8 +201,21 @@ def speedup(model: nn.Module, mask: RelevanceMask, *, length: int) -> float:
     Returns:
         Dense over pruned multiply-accumulates, at least 1; infinite if nothing is left.
     """
-    pruned = body_cost(model, length=length, mask=mask).macs
-    return body_cost(model, length=length).macs / pruned if pruned else inf
+    costs = Costs(model, length=length)
+    return cost_ratio(costs.macs({}), costs.macs(unit_counts(costs.sublayers, mask)))
+
+
+def cost_ratio(dense: float, left: float) -> float:
+    """Compare two costs.
+
+    Args:
+        dense: Cost of a complete model.
+        left: Cost of what is left of it.
+
+    Returns:
+        The first over the second; infinite if nothing is left.
+    """
+    return dense / left if left else inf
 
 
 def units_left(model: nn.Module, mask: RelevanceMask = _KEEP_ALL) -> dict[Unit, list[int]]:

@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_vdneuron.config import VDConfig
-
 
 __all__ = [
     "has_teacher",
@@ -27,13 +25,12 @@ __all__ = [
     "native_names",
     "open_checkpoint",
     "require_complete",
-    "save_config",
     "save_steering",
     "save_teacher",
 ]
 
-#: Inside a checkpoint: weights of the teacher, and where the run was going. Beside any model: how it was patched.
-TEACHER_FILE, STEERING_FILE, CONFIG_FILE = "teacher.safetensors", "steering.json", "vd_config.json"
+#: Inside a checkpoint: weights of the teacher, and where the run was going.
+TEACHER_FILE, STEERING_FILE = "teacher.safetensors", "steering.json"
 
 
 def has_teacher(checkpoint: str | Path) -> bool:
@@ -111,7 +108,7 @@ def last_checkpoint(output_dir: str | Path) -> str:
 
 
 def require_complete(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint that was being saved when its run ended.
+    """Refuse what is no checkpoint, or was being saved when its run ended.
 
     Args:
         checkpoint: Its folder.
@@ -121,8 +118,8 @@ def require_complete(checkpoint: str | Path) -> None:
     """
     if not is_complete(checkpoint):
         raise ValueError(
-            f"Checkpoint `{checkpoint}` was not saved to its end: expected a readable `{TRAINER_STATE_NAME}` in it. "
-            "Resume from an earlier one, or with `resume_from_checkpoint=True` from the last complete one."
+            f"`{checkpoint}` is no complete checkpoint: it holds no {TRAINER_STATE_NAME} that can be read, which is "
+            "saved last. Resume from another folder `checkpoint-...`; True finds the last complete one."
         )
 
 
@@ -139,16 +136,6 @@ def open_checkpoint(checkpoint: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     return folder
-
-
-def save_config(config: VDConfig, folder: str | Path) -> None:
-    """Put how a model was patched beside it.
-
-    Args:
-        config: The config.
-        folder: Folder of the model.
-    """
-    (Path(folder) / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
 def save_steering(state: Mapping[str, Any], checkpoint: str | Path) -> None:

@@ -5,12 +5,16 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_vdneuron.sublayers import Unit
 
 
 __all__ = ["Grouping", "PriorType", "VDConfig"]
+
+#: Name of the config's file beside a model.
+FILE_NAME = "vd_config.json"
 
 #: Written to every saved config; a reader refuses a version it does not know.
 VERSION = 1
@@ -106,6 +110,14 @@ class VDConfig:
             A JSON object, keys sorted.
         """
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2, sort_keys=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Put the config beside the model that it patched.
+
+        Args:
+            folder: Folder of the model.
+        """
+        (Path(folder) / FILE_NAME).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def from_json(cls, text: str) -> "VDConfig":

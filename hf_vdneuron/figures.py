@@ -44,7 +44,7 @@ def draw_run(report: RunReport) -> list[Drawing]:
 
     Returns:
         The figures in the order in which they tell the story: `heads`, `neurons`, `cost`, `score`, then the curves
-        `loss`, `units`, `kl`, `kl_weight`, `speedup`, `eval_score`, and `dropout_rates`.
+        `loss`, `units`, `kl`, `kl_weight`, `speedup`, `removal`, `eval_score`, and `dropout_rates`.
     """
     drawings = [_draw_heads(report), _draw_neurons(report), _draw_cost(report), _draw_score(report)]
     drawings += [_draw_panel(panel, report) for panel in PANELS]
@@ -222,6 +222,13 @@ PANELS = (
         {"expected_speedup": "speed-up"},
     ),
     Panel(
+        "removal",
+        "On the way to the target",
+        "Share of what has to go that the posterior is about to let go.",
+        {"expected_removal": "about to go"},
+        in_percent=True,
+    ),
+    Panel(
         "eval_score",
         "Score on the development split",
         "Mean of the task's metrics on rows cut from the training set.",
@@ -267,7 +274,7 @@ def _scale(axes: Axes, values: Sequence[float], panel: Panel) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     elif panel.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_ylim(0, 1.04)
+        axes.set_ylim(min(0.0, *values), 1.04 * max(1.0, *values))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -16,13 +16,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the second
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from hf_vdneuron import modeling_vdneuron
+from hf_vdneuron import config, modeling_vdneuron
 
 
 __all__ = ["push_folder", "uploadable_files"]
 
-CARD_NAME = "README.md"
-FIGURES_FOLDER = "figures"
+#: What lies beside a model and tells of it: the card, the report as data and as a page, and its figures.
+CARD_NAME, DATA_NAME, PAGE_NAME, FIGURES_FOLDER = "README.md", "report.json", "report.html", "figures"
 
 #: Weights that transformers loads by default, and their index.
 _DEFAULT_WEIGHT_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors", SAFE_WEIGHTS_INDEX_NAME)
@@ -41,7 +41,7 @@ _ALLOWED_PATTERNS = (
     CONFIG_NAME,
     "generation_config.json",
     f"{Path(modeling_vdneuron.__file__).stem}.py",
-    "vd_config.json",
+    config.FILE_NAME,
     # The tokenizer
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -56,8 +56,8 @@ _ALLOWED_PATTERNS = (
     "sentencepiece.bpe.model",
     # What people read
     CARD_NAME,
-    "report.json",
-    "report.html",
+    DATA_NAME,
+    PAGE_NAME,
     f"{FIGURES_FOLDER}/*.png",
 )
 

@@ -119,8 +119,8 @@ def measure_latency_table(model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
         dense.append(seconds["complete"])
         return seconds["smaller"] / seconds["complete"]
 
-    empty = timed(dict.fromkeys(units, 0))
     none = dict.fromkeys(units, 0)
+    empty = timed(none)
     relative = {
         unit: isotonic_regression([empty, *(timed({**none, unit: count}) for count in counts)]).x
         for unit, counts in units.items()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page a saved model is met by: how to load it, what was removed, what that cost, how to make it again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_vdneuron.drawing import Drawing
 from hf_vdneuron.glue import GLUE_TASKS, HUB_DATASET
 from hf_vdneuron.report import RunReport
+from hf_vdneuron.wording import named, percent
 
 
 __all__ = ["render_model_card"]
@@ -87,7 +88,7 @@ The same as a page, in light and dark: `report.html`.
 ## How it was made
 
 Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}):
-what the trained posterior found irrelevant was removed for good, and the rest trained on. This command repeats it:
+what the trained posterior found least relevant was removed for good, and the rest trained on. This command repeats it:
 
 ```bash
 {{ report.command }}
@@ -101,7 +102,7 @@ what the trained posterior found irrelevant was removed for good, and the rest t
 
 ## Limits
 
-The removed parts were irrelevant *for this task's data*. Expect less of the model elsewhere, and measure before use.
+The removed parts mattered least *for this task's data*. Expect less of the model elsewhere, and measure before use.
 """
 
 
@@ -129,9 +130,9 @@ def render_model_card(
         repo_id=repo_id,
         is_cut=is_cut,
         load_error=LOAD_ERROR,
-        score=_percent,
+        score=percent,
         counts=_counts,
-        named=_named,
+        named=named,
     )
 
 
@@ -160,13 +161,5 @@ def _eval_result(report: RunReport, metric: str, value: float) -> EvalResult:
     )
 
 
-def _percent(score: float | None) -> str:
-    return "not measured" if score is None else f"{100 * score:.2f}"
-
-
 def _counts(per_layer: list[int]) -> str:
     return ", ".join(map(str, per_layer))
-
-
-def _named(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -25,7 +25,7 @@ class PhaseCallback(TrainerCallback):
     """Leads a model through the phases of every run of its trainer.
 
     Where a step stands is a function of its number, so a resumed run needs nothing of the one before it but the
-    model, the optimizer and the teacher.
+    model, the optimizer, the teacher and the steering.
 
     Args:
         teacher: Takes the fine-tuned model.
@@ -83,7 +83,7 @@ class PhaseCallback(TrainerCallback):
             if args.distillation_weight:
                 self.teacher.copy_(model)
             reset_variational_(run["optimizer"])
-            self.steering.look_(model, args, plan, step=step)
+            self.steering.look_(model, plan, step=step)
         if plan.sparsify_steps and step == plan.recover_start:
             self._cut_(model, args)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
@@ -116,7 +116,7 @@ class PhaseCallback(TrainerCallback):
         """
         plan = args.phase_plan(state.max_steps)
         if plan.sparsify_steps and plan.sparsify_start < state.global_step <= plan.recover_start:
-            self.steering.look_(run["model"], args, plan, step=state.global_step)
+            self.steering.look_(run["model"], plan, step=state.global_step)
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Cut where no step of recovery did: there is none, or training was stopped before.

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from hf_vdneuron.drawing import DARK, LIGHT, Drawing, to_svg
 from hf_vdneuron.report import RunReport
+from hf_vdneuron.wording import named, percent
 
 
 __all__ = ["render_page"]
@@ -77,10 +78,6 @@ def _svg_markup(drawing: Drawing) -> Markup:
 # ---- How the template writes numbers and strings ----
 
 
-def _percent(score: float | None, digits: int = 2) -> str:
-    return "not measured" if score is None else f"{100 * score:.{digits}f}"
-
-
 def _points(before: float | None, after: float | None) -> str:
     """Write the way from one score to another."""
     if before is None or after is None:
@@ -114,12 +111,8 @@ def _duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in parts if count) or "less than a second"
 
 
-def _named(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
 def _metrics(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {_percent(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {percent(value)}" for name, value in values.items())
 
 
 def _quoted(text: str) -> str:
@@ -128,13 +121,13 @@ def _quoted(text: str) -> str:
 
 
 _FILTERS: dict[str, Callable[..., str]] = {
-    "percent": _percent,
+    "percent": percent,
     "points": _points,
     "change": _change,
     "counted": _counted,
     "short": _short,
     "duration": _duration,
-    "named": _named,
+    "named": named,
     "metrics": _metrics,
     "quoted": _quoted,
 }

@@ -14,7 +14,6 @@ from hf_vdneuron.checkpoints import (
     native_names,
     open_checkpoint,
     require_complete,
-    save_config,
     save_steering,
 )
 from hf_vdneuron.config import VDConfig
@@ -68,7 +67,7 @@ class ResumableTrainer(HubTrainer):
         with native_names(self.model):
             super()._save(output_dir, state_dict)
         if self.vd_config is not None:
-            save_config(self.vd_config, str(output_dir or self.args.output_dir))
+            self.vd_config.save(str(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
         """Put what a resumed run needs beside the weights, and first: a checkpoint cut short then cannot lack it."""

@@ -2,6 +2,7 @@
 """How a run arrives where it was asked to: how hard the KL pulls, and what the cut keeps."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -23,6 +24,7 @@ from hf_vdneuron.schedules import (
     removal_path,
     steer_kl_weight,
 )
+from hf_vdneuron.sublayers import Sublayer
 from hf_vdneuron.targets import target_budget
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
@@ -38,6 +40,28 @@ FURTHEST = 30.0
 
 #: Share of the removable cost for which a first guess is still made; a target that leaves less starts as high.
 LEAST_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What the target of a run means for its model.
+
+    Args:
+        sublayers: Its sub-layers.
+        budget: What may be kept of it.
+        least: Cost of what cannot be removed.
+        first: KL weight to start from.
+    """
+
+    sublayers: list[Sublayer]
+    budget: Budget
+    least: float
+    first: float
+
+    @property
+    def goal(self) -> float:
+        """Expected cost of a posterior that keeps what the target leaves, at the usual rate."""
+        return self.least + KEPT_RATE * (self.budget.limit - self.least)
 
 
 class Steering:
@@ -59,10 +83,8 @@ class Steering:
         self.length = length
         self.num_data = num_data
         self.removed: float | None = None
-        self._costs: Costs | None = None
-        self._budget: Budget | None = None
+        self._course: _Course | None = None
         self._table: LatencyTable | None = None
-        self._least, self._first = 0.0, 0.0
         self._kl_weight: float | None = None
         self._units_at_start: dict[str, float] | None = None
 
@@ -85,7 +107,7 @@ class Steering:
             self._kl_weight, self._units_at_start = None, None
         if step == 0:
             self._table = None
-        self._costs, self._budget = None, None
+        self._course = None
         if args.target is None or not plan.sparsify_steps:
             return
         costs = Costs(model, length=self.length)
@@ -95,9 +117,10 @@ class Steering:
         removable = unit_relevance(model)
         least = {path: int((~values.amin(0).isfinite()).sum()) for path, values in removable.items()}
         budget.require_reachable(least)
-        self._costs, self._budget, self._least = costs, budget, budget.cost(least)
-        share_left = (budget.limit - self._least) / (budget.cost({}) - self._least)
-        self._first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
+        fixed = budget.cost(least)
+        share_left = (budget.limit - fixed) / (budget.cost({}) - fixed)
+        first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
+        self._course = _Course(costs.sublayers, budget, fixed, first)
         if self._kl_weight is None and plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
             raise ValueError(
                 f"The checkpoint of step {step} does not say which KL weight the run had reached: expected its "
@@ -119,44 +142,39 @@ class Steering:
         """
         if plan.phase_at(step) is not Phase.SPARSIFY:
             return 0.0
-        if self._is_steered(args):
-            return self._first if self._kl_weight is None else self._kl_weight
+        if self._course is not None and args.kl_weight is None:
+            return self._course.first if self._kl_weight is None else self._kl_weight
         final = default_kl_weight(self.num_data()) if args.kl_weight is None else args.kl_weight
         return kl_weight_at(*plan.position(step), kl_weight=final, ramp=args.kl_ramp, start=args.kl_start)
 
-    def _is_steered(self, args: VDTrainingArguments) -> bool:
-        return self._budget is not None and args.kl_weight is None
-
-    def look_(self, model: nn.Module, args: VDTrainingArguments, plan: PhasePlan, *, step: int) -> None:
-        """See how far the posterior is, now and then, and correct the KL weight.
+    def look_(self, model: nn.Module, plan: PhasePlan, *, step: int) -> None:
+        """See now and then how far the posterior is, and correct the KL weight. The first look is where it starts.
 
         Args:
             model: The patched model.
-            args: Arguments of the run.
-            plan: Its phases.
-            step: Steps done, in this run and with the one just done.
+            plan: Phases of the run.
+            step: Steps done, from the start of the sparsification to its end.
         """
-        done, every = step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
-        if self._budget is None or self._costs is None or not 0 <= done <= plan.sparsify_steps or done % every:
+        course, done, every = self._course, step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
+        if course is None or done % every:
             return
         expected = expected_units(model)
         if done == 0 or self._units_at_start is None:
-            self._kl_weight, self._units_at_start = self._first, expected
+            self._kl_weight, self._units_at_start = course.first, expected
             return
         # Against the keep rates at the start, which depend on how large the weights of a model are.
         counts = {
             part.path: part.num_units * expected[part.path] / (self._units_at_start[part.path] or 1.0)
-            for part in self._costs.sublayers
+            for part in course.sublayers
         }
-        full, goal = self._budget.cost({}), self._least + KEPT_RATE * (self._budget.limit - self._least)
-        self.removed = (full - self._budget.cost(counts)) / (full - goal)
-        if self._is_steered(args):
-            moved = steer_kl_weight(
-                self._first if self._kl_weight is None else self._kl_weight,
-                behind=removal_path(done / plan.sparsify_steps) - self.removed,
-                share_of_phase=every / plan.sparsify_steps,
-            )
-            self._kl_weight = min(max(moved, self._first / FURTHEST), self._first * FURTHEST)
+        full = course.budget.cost({})
+        self.removed = (full - course.budget.cost(counts)) / (full - course.goal)
+        moved = steer_kl_weight(
+            course.first if self._kl_weight is None else self._kl_weight,
+            behind=removal_path(done / plan.sparsify_steps) - self.removed,
+            share_of_phase=every / plan.sparsify_steps,
+        )
+        self._kl_weight = min(max(moved, course.first / FURTHEST), course.first * FURTHEST)
 
     # ---- Arriving ----
 
@@ -170,9 +188,9 @@ class Steering:
         Returns:
             What the target allows; without one, what the rule does not find irrelevant.
         """
-        if self._budget is None or self._costs is None:
+        if self._course is None:
             return relevance_mask(model, args.dropout_rate_threshold)
-        return keep_within(self._costs.sublayers, unit_relevance(model), self._budget)
+        return keep_within(self._course.sublayers, unit_relevance(model), self._course.budget)
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

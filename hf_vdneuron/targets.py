@@ -3,9 +3,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import inf
 
-from hf_vdneuron.budget import Budget, Costs, UnitCounts
+from hf_vdneuron.budget import Budget, Costs, UnitCounts, cost_ratio
 from hf_vdneuron.latency_table import LatencyTable
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
@@ -62,7 +61,7 @@ def cost_ratio_budget(cost: Callable[[UnitCounts], float], target: float) -> Bud
         The budget.
     """
     full = cost({})
-    return Budget("target_speedup", target, cost, full / target, lambda left: full / left if left else inf)
+    return Budget("target_speedup", target, cost, full / target, partial(cost_ratio, full))
 
 
 def sparsity_budget(costs: Costs, target: float) -> Budget:

@@ -19,10 +19,9 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.checkpoints import save_config
+from hf_vdneuron.checkpoints import require_complete
 from hf_vdneuron.cli import (
     check_counts,
     one_line_errors,
@@ -49,6 +48,7 @@ from hf_vdneuron.report import (
 )
 from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
+from hf_vdneuron.wording import percent
 
 
 #: Names of the parts of the training set.
@@ -161,12 +161,8 @@ def check_arguments(args: VDTrainingArguments) -> None:
         raise ValueError(f"`num_train_epochs` is {args.num_train_epochs}, expected a number above 0")
     if missing := sorted(set(args.report_to or []) - set(get_available_reporting_integrations())):
         raise ValueError(f"`report_to` names {', '.join(missing)}, not installed here: install it, or set it to none")
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint, TRAINER_STATE_NAME).is_file():
-        raise ValueError(
-            f"`resume_from_checkpoint` {checkpoint!r} holds no {TRAINER_STATE_NAME}: give a folder `checkpoint-...` "
-            "of an earlier run, or leave it out"
-        )
+    if args.resume_from_checkpoint is not None:
+        require_complete(args.resume_from_checkpoint)
 
 
 def read_rows(task: GlueTask, data_args: DataArguments, args: VDTrainingArguments) -> dict[str, Dataset]:
@@ -246,7 +242,7 @@ def save_model(trainer: GlueTrainer, folder: str | Path) -> None:
     cast(PreTrainedTokenizerBase, trainer.processing_class).save_pretrained(folder)
     trainer.model.save_pretrained(folder)
     if trainer.vd_config is not None:
-        save_config(trainer.vd_config, folder)
+        trainer.vd_config.save(folder)
 
 
 def load_again(trainer: GlueTrainer) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -335,8 +331,8 @@ def print_report(report: RunReport) -> None:
     """
     dense, pruned, speed = report.dense, report.pruned, report.speedup
     rows = [
-        ["score", _score(dense.score), _score(pruned.score)],
-        ["right after the cut", "", _score(report.score_after_cut)],
+        ["score", percent(dense.score, missing="-"), percent(pruned.score, missing="-")],
+        ["right after the cut", "", percent(report.score_after_cut, missing="-")],
         ["parameters", f"{dense.parameters:,}", f"{pruned.parameters:,}"],
         ["megabytes", f"{1e-6 * dense.bytes:.1f}", f"{1e-6 * pruned.bytes:.1f}"],
         ["heads", str(sum(dense.heads_per_layer)), str(sum(pruned.heads_per_layer))],
@@ -345,10 +341,6 @@ def print_report(report: RunReport) -> None:
         ["speed-up", "1.00x", f"{speed.measured:.2f}x (expected {speed.predicted:.2f}x)"],
     ]
     print_table(["", "dense", "pruned"], rows)
-
-
-def _score(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.2f}"
 
 
 @one_line_errors

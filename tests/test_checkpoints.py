@@ -61,7 +61,9 @@ def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(tmp_path: 
 
 def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-5` was not saved to its end: .* Resume from an earlier one"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-5` is no complete checkpoint: it holds no trainer_state.json .* Resume"
+    ):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

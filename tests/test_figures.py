@@ -46,7 +46,7 @@ def widths(axes: Axes, colour: str) -> list[float]:
 def test_a_run_is_told_in_order(drawn: dict[str, Drawing]) -> None:
     assert list(drawn) == [
         *("heads", "neurons", "cost", "score"),
-        *("loss", "units", "kl", "kl_weight", "speedup", "dropout_rates"),
+        *("loss", "units", "kl", "kl_weight", "speedup", "removal", "dropout_rates"),
     ]
     for drawing in drawn.values():
         assert drawing.title == drawing.figure.get_suptitle()
@@ -120,6 +120,7 @@ def test_curves_are_those_of_the_log(drawn: dict[str, Drawing]) -> None:
     assert lines(axes_of(drawn["loss"])) == {"labels": logged["nll"], "teacher": logged["distillation"]}
     assert lines(axes_of(drawn["kl"])) == {"KL": logged["kl"]}
     assert lines(axes_of(drawn["speedup"])) == {"speed-up": logged["expected_speedup"]}
+    assert lines(axes_of(drawn["removal"])) == {"about to go": logged["expected_removal"]}
     left = lines(axes_of(drawn["units"]))
     assert left["heads"].values == [count / (LAYERS * HEADS) for count in logged["heads"].values]
     assert left["neurons"].values == [count / (LAYERS * NEURONS) for count in logged["neurons"].values]
@@ -139,8 +140,15 @@ def test_scores_on_the_way_are_drawn_if_there_are_any() -> None:
     assert lines(axes_of(drawings(replace(REPORT, training=training))["eval_score"])) == {"score": curve}
 
 
+def test_a_way_that_leads_beyond_the_target_is_seen_to_its_end() -> None:
+    training = replace(REPORT.training, curves={"expected_removal": Curve([400, 500], [-0.05, 1.2])})
+    low, high = axes_of(drawings(replace(REPORT, training=training))["removal"]).get_ylim()
+    assert low <= -0.05
+    assert high >= 1.2
+
+
 def test_phases_are_marked(drawn: dict[str, Drawing]) -> None:
-    for name in ("loss", "units", "kl", "kl_weight", "speedup"):
+    for name in ("loss", "units", "kl", "kl_weight", "speedup", "removal"):
         axes = axes_of(drawn[name])
         assert axes.get_xlim() == (0, 1000)
         assert texts(axes) == ["fine-tune", "sparsify", "recover"]

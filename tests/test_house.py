@@ -58,6 +58,7 @@ DOWNHILL = [
     "loading",
     "evaluation",
     "cli",
+    "wording",
     "report",
     "history",
     "drawing",

@@ -24,7 +24,7 @@ def test_everything_is_written(is_cut: bool, tmp_path: Path) -> None:
     save_report(report, model, folder)
     assert {path.name for path in folder.iterdir()} == {"README.md", "figures", "report.html", "report.json"}
     assert json.loads((folder / "report.json").read_text()) == report.to_dict()
-    assert len(list((folder / "figures").iterdir())) == 10
+    assert len(list((folder / "figures").iterdir())) == 11
     for name in ("README.md", "report.html"):
         text = (folder / name).read_text(encoding="utf-8").replace("&#34;", '"')
         assert 'from_pretrained("mine"' in text

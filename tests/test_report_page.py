@@ -146,7 +146,7 @@ def test_every_figure_is_there_for_everybody(page: str, drawings: list[Drawing])
     assert all(drawing.caption in unescape(page) for drawing in drawings)
     assert [value for tag, name, value in reader.attributes if (tag, name) == ("figure", "id")] == [
         *("score", "cost", "heads", "neurons"),
-        *("loss", "units", "kl", "kl_weight", "speedup", "dropout_rates"),
+        *("loss", "units", "kl", "kl_weight", "speedup", "removal", "dropout_rates"),
     ]
 
 
@@ -219,7 +219,7 @@ def rgb(colour: str) -> tuple[int, ...]:
 def test_it_is_shown_in_light_and_dark(page: str, tmp_path: Path) -> None:
     file = save(page, tmp_path)
     for scheme, own, other in (("light", LIGHT, DARK), ("dark", DARK, LIGHT)):
-        image = screenshot(file, scheme=scheme, width=1200, height=2600)
+        image = screenshot(file, scheme=scheme, width=1200, height=3000)
         counts = {colour: count for count, colour in image.getcolors(1 << 24)}
         # What covers most is the ground, and all is drawn in the colours of the scheme, not of the other.
         for role, least in (("ground", 500_000), ("first", 10_000), ("gone", 10_000), ("second", 2000), ("ink", 1000)):

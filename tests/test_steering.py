@@ -105,8 +105,8 @@ def test_what_cannot_go_is_no_part_of_the_way(
     args.target_speedup = args.target_speedup and 1.2
     steering = Steering(LENGTH, lambda: NUM_ROWS)
     steering.begin_(model, args, plan, step=0)
-    steering.look_(model, args, plan, step=0)
-    budget, costs = steering._budget, steering._costs
+    steering.look_(model, plan, step=0)
+    budget = steering._course.budget
     removable = {path: bool(values.amin(0).isfinite().all()) for path, values in unit_relevance(model).items()}
     least = budget.cost({path: 0 for path, can in removable.items() if can})
     share = KEPT_RATE * (budget.limit - least) / (budget.cost({}) - least)
@@ -114,9 +114,8 @@ def test_what_cannot_go_is_no_part_of_the_way(
         "hf_vdneuron.steering.expected_units",
         lambda _: {path: units * (share if removable[path] else 1) for path, units in start.items()},
     )
-    steering.look_(model, args, plan, step=100)
+    steering.look_(model, plan, step=100)
     assert steering.removed == pytest.approx(1)
-    assert costs is not None
 
 
 def test_the_weight_stays_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

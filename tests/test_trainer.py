@@ -266,11 +266,15 @@ def require_same_end(uninterrupted: Run, tmp_path: Path, step: int, **options: A
     assert different == []
 
 
+def copy_checkpoint(uninterrupted: Run, output_dir: Path, *, step: int, without: str) -> None:
+    """Give a run a checkpoint of another one, but for one file."""
+    copied = output_dir / f"checkpoint-{step}"
+    shutil.copytree(uninterrupted[0] / copied.name, copied)
+    (copied / without).unlink()
+
+
 def test_a_checkpoint_that_lost_its_teacher_is_refused(uninterrupted: Run, tmp_path: Path) -> None:
-    folder, _ = uninterrupted
-    checkpoint = tmp_path / "checkpoint-7"
-    shutil.copytree(folder / checkpoint.name, checkpoint)
-    (checkpoint / "teacher.safetensors").unlink()
+    copy_checkpoint(uninterrupted, tmp_path, step=7, without="teacher.safetensors")
     with pytest.raises(ValueError, match="checkpoint of step 7 holds no teacher: expected the model of step 4"):
         run(tmp_path, resume_from=7)
     assert run(tmp_path, resume_from=7, distillation_weight=0)
@@ -303,10 +307,7 @@ def test_a_mask_of_ones_own_is_a_decision(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_lost_its_steering_is_refused(uninterrupted_to_target: Run, tmp_path: Path) -> None:
-    folder, _ = uninterrupted_to_target
-    checkpoint = tmp_path / "checkpoint-6"
-    shutil.copytree(folder / checkpoint.name, checkpoint)
-    (checkpoint / "steering.json").unlink()
+    copy_checkpoint(uninterrupted_to_target, tmp_path, step=6, without="steering.json")
     with pytest.raises(ValueError, match="checkpoint of step 6 does not say which KL weight"):
         run(tmp_path, resume_from=6, **STEERED)
     assert run(tmp_path, resume_from=6, **(STEERED | {"kl_weight": 1e-3}))

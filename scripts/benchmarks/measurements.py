@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from benchmarks.cell import EVAL_BATCH_SIZE, Cell
-from hf_vdneuron.budget import body_cost
-from hf_vdneuron.latency import measure_latency, text_inputs
+from hf_vdneuron.report import report_speed
 from hf_vdneuron.structure import dense_twin
 
 
@@ -38,10 +37,9 @@ def latencies(model: PreTrainedModel) -> list[dict[str, float]]:
     dense = dense_twin(model)
     rows = []
     for batch_size, length in LATENCY_GRID:
-        inputs = text_inputs(batch_size=batch_size, length=length, device=model.device)
-        seconds = measure_latency({"dense": dense, "pruned": model}, inputs)
-        predicted = body_cost(dense, length=length).macs / max(1, body_cost(model, length=length).macs)
-        rows.append({"batch_size": batch_size, "length": length, "predicted": predicted, **seconds})
+        speed = report_speed(dense, model, length=length, batch_size=batch_size)
+        seconds = {"dense": speed.dense_seconds, "pruned": speed.pruned_seconds}
+        rows.append({"batch_size": batch_size, "length": length, "predicted": speed.predicted, **seconds})
     return rows
 
 
