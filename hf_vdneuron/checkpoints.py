@@ -119,7 +119,7 @@ def require_complete(checkpoint: str | Path) -> None:
     if not is_complete(checkpoint):
         raise ValueError(
             f"`{checkpoint}` is no complete checkpoint: it holds no {TRAINER_STATE_NAME} that can be read, which is "
-            "saved last. Resume from another folder `checkpoint-...`; True finds the last complete one."
+            "saved last. Resume from another folder `checkpoint-...`; in Python, True finds the last complete one."
         )
 
 

@@ -54,7 +54,7 @@ def alone(folder: Path, **options: Any) -> Seen:
 #: Heads whose loss is a mean over the examples of a part, and over the tokens of the whole step.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one-part": (1, {}),
-    "two-parts": (2, {}),
+    "two-parts-checkpointed": (2, {"activation_checkpointing": True}),
     "tokens-in-two-parts": (2, {"language_model": True, "num_data": 288}),
 }
 

@@ -171,20 +171,37 @@ def test_a_model_that_lost_nothing_needs_no_third_door() -> None:
 # ---- What people do with it ----
 
 
-def test_pipeline(saved: dict[str, Any]) -> None:
+#: Doors that a library opens by itself, told the folder alone -> what it is told beside it.
+KEYS: dict[str, dict[str, Any]] = {"trust": {"trust_remote_code": True}, "import": {}}
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_pipeline(key: dict[str, Any], saved: dict[str, Any]) -> None:
     folder, model = saved["sequence_classification"]
     text = "a good film"
-    (answer,) = pipeline("text-classification", model=str(folder), trust_remote_code=True)(text)
-    tokens = tiny_tokenizer()(text, return_tensors="pt")
-    with torch.no_grad():
-        probabilities = model.eval()(**tokens).logits.softmax(-1)[0]
+    (answer,) = pipeline("text-classification", model=str(folder), **key)(text)
+    check_answer(answer, model, text)
+
+
+def test_pipeline_of_a_loaded_model(saved: dict[str, Any]) -> None:
+    folder, model = saved["sequence_classification"]
+    text = "a good film"
+    loaded = hf_vdneuron.from_pretrained(folder)
+    (answer,) = pipeline("text-classification", model=loaded, tokenizer=tiny_tokenizer())(text)
+    check_answer(answer, model, text)
+
+
+@torch.no_grad()
+def check_answer(answer: dict[str, Any], model: PreTrainedModel, text: str) -> None:
+    probabilities = model.eval()(**tiny_tokenizer()(text, return_tensors="pt")).logits.softmax(-1)[0]
     assert answer["label"] == model.config.id2label[int(probabilities.argmax())]
     assert answer["score"] == pytest.approx(probabilities.max().item())
 
 
-def test_sentence_transformers(saved: dict[str, Any]) -> None:
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_sentence_transformers(key: dict[str, Any], saved: dict[str, Any]) -> None:
     folder, model = saved["base"]
-    encoder = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    encoder = SentenceTransformer(str(folder), device="cpu", **key)
     found = encoder.encode(["a good film"], convert_to_tensor=True)
     tokens = tiny_tokenizer()(["a good film"], return_tensors="pt")
     with torch.no_grad():
@@ -212,11 +229,12 @@ def train_one_step(model: nn.Module) -> Tensor:
     return loss.detach()
 
 
+@doors
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")  # adapters of empty layers
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks by the old name
-def test_peft_adapters(saved: dict[str, Any]) -> None:
+def test_peft_adapters(door: Door, saved: dict[str, Any]) -> None:
     folder, before = saved["sequence_classification"]
-    model = hf_vdneuron.from_pretrained(folder)
+    model = door(AutoModelForSequenceClassification, folder)
     config = LoraConfig(r=2, target_modules=["intermediate.dense", "query", "value"], task_type="SEQ_CLS")
     adapted = get_peft_model(model, config)
     assert same(adapted, before)
@@ -228,7 +246,8 @@ def test_peft_adapters(saved: dict[str, Any]) -> None:
     torch.testing.assert_close(outputs(merged, batch()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compile(saved: dict[str, Any]) -> None:
-    _, model = saved["sequence_classification"]
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+@doors
+def test_compile(door: Door, saved: dict[str, Any]) -> None:
+    folder, model = saved["sequence_classification"]
+    compiled = torch.compile(door(AutoModelForSequenceClassification, folder), backend="eager", fullgraph=True)
     torch.testing.assert_close(outputs(compiled, batch()), outputs(model, batch()))
