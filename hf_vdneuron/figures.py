@@ -27,7 +27,7 @@ SQUARE, BAR = 0.78, 0.56
 SQUARE_COLUMNS = 12
 
 #: Dropout rates that are marked along their axis.
-MARKED_RATES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+MARKED_RATES = (0.001, 0.1, 0.9, 0.99, 0.9999, 0.999999)
 
 #: A phase shorter than this share of the run gets no label, which would not fit.
 SHORTEST_LABELLED_PHASE = 0.13

@@ -37,7 +37,7 @@ CURVES = (
 DROPOUT_RATES = "dropout_rates"
 
 #: Width of its bins in log α, and how many of them are below and above the threshold.
-BIN_WIDTH, BINS_BELOW, BINS_ABOVE = 0.25, 56, 24
+BIN_WIDTH, BINS_BELOW, BINS_ABOVE = 0.25, 56, 56
 
 
 class PosteriorCallback(TrainerCallback):

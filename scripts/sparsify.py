@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from hf_vdneuron.architectures import find_sublayers
@@ -214,6 +214,7 @@ def build_trainer(job: Job, args: VDTrainingArguments, vd_config: VDConfig) -> G
         The trainer, ready to run.
     """
     task, length, source = job.task, job.data_args.max_length, job.data_args.model_name_or_path
+    set_seed(args.seed)  # the head of a pretrained model starts at random
     model, tokenizer = load_model(source, task)
     check_sublayers(model, source, vd_config)
     encoded = {name: encode(part, task, tokenizer, model.config, max_length=length) for name, part in job.rows.items()}

@@ -155,6 +155,17 @@ def test_the_card_repeats_the_run_without_naming_local_folders(samples: Path, tm
         assert str(samples) not in text
 
 
+@pytest.mark.parametrize(("seed", "same"), [(42, True), (43, False)], ids=["same-seed", "other-seed"])
+def test_a_seed_gives_one_model(samples: Path, tmp_path: Path, seed: int, same: bool) -> None:
+    """The head of the model that it starts from is random too, whatever happened in the process before."""
+    weights = []
+    for name, own_seed in (("first", 42), ("second", seed)):
+        torch.rand(len(weights) + 1)
+        sparsify.main(flags(samples, tmp_path / name, seed=own_seed, **CUTTING))
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert (weights[0] == weights[1]) == same
+
+
 def test_a_model_that_kept_everything_is_an_ordinary_one(samples: Path, tmp_path: Path) -> None:
     report = report_of(samples, tmp_path, dropout_rate_threshold=0.999999)
     assert report["pruned"]["parameters"] == report["dense"]["parameters"]
