@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 
-__all__ = ["DARK", "LIGHT", "Drawing", "canvas", "save_drawings", "to_svg"]
+__all__ = ["DARK", "LIGHT", "TEXT_SIZE", "Drawing", "canvas", "save_drawings", "to_svg"]
 
 #: Colours by role. Each is used for one role only, so that a page can put its own in their place.
 LIGHT: Mapping[str, str] = MappingProxyType({

@@ -4,11 +4,12 @@
     python scripts/benchmark.py --model_name_or_path M --dataset_dir DIR
 
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
-on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. `vd` decides by the
-dropout-rate rule how many heads and neurons stay; the baselines keep as many of their own choice.
+on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. How many heads and neurons
+stay is decided by `vd`, by the dropout-rate rule or for each of the speed-ups of `--target_speedups`; the baselines
+keep as many of their own choice.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
-`--plan` prints what is left to do, `--table` what is there.
+`--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
 """
 
 import fcntl
@@ -23,15 +24,17 @@ from statistics import fmean
 
 import torch
 from benchmarks.baselines import SCORERS, keep_best
-from benchmarks.cell import DENSE, Cell, Settings
+from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
-from benchmarks.results import Results, Row, latency_table, score_table
+from benchmarks.plots import draw_courses
+from benchmarks.results import Results, Row, Run, latency_table, score_table
 from transformers import PreTrainedModel, set_seed
 
-from hf_vdneuron.budget import body_cost, units_left
+from hf_vdneuron.budget import body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
+from hf_vdneuron.structure import dense_twin
 from hf_vdneuron.sublayers import Unit
 
 
@@ -56,6 +59,9 @@ class BenchmarkArguments:
     tasks: list[str] = field(default_factory=lambda: ["sst2", "mrpc"], metadata={"help": "GLUE tasks."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods."})
+    target_speedups: list[float] = field(
+        default_factory=list, metadata={"help": "Speed-ups to ask for; by default the dropout-rate rule decides."}
+    )
     max_train_samples: int = field(default=10_000, metadata={"help": "Training rows at most, drawn by seed."})
     max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
     dense_steps: int = field(default=400, metadata={"help": "Optimizer steps of the dense checkpoint."})
@@ -67,6 +73,7 @@ class BenchmarkArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
     plan: bool = field(default=False, metadata={"help": "Print what is left to do and what it may take, and stop."})
     table: bool = field(default=False, metadata={"help": "Print the tables of what is there, and stop."})
+    plots: str | None = field(default=None, metadata={"help": "Folder to draw what is there in, and stop."})
 
     def __post_init__(self) -> None:
         """Check the methods.
@@ -83,55 +90,58 @@ class BenchmarkArguments:
         given = {known.name: getattr(self, known.name) for known in fields(Settings) if known.name != "model"}
         return Settings(model=self.model_name_or_path, **given)
 
-    def missing(self, results: Results) -> Iterator[tuple[str, int, str]]:
+    def missing(self, results: Results) -> Iterator[Run]:
         """List what is not finished, cell by cell.
 
         Args:
             results: What is.
 
         Yields:
-            Task, seed and method, baselines behind the runs that they need.
+            The runs, baselines behind the runs that they need.
         """
         methods = [method for method in METHODS if method in self.methods]
-        for seed, task, method in product(self.seeds, self.tasks, methods):
-            if results.find(task, seed, method) is None:
-                yield task, seed, method
+        targets: list[float | None] = [*self.target_speedups] or [None]
+        for seed, task in product(self.seeds, self.tasks):
+            runs = [Run(task, seed, DENSE)] if DENSE in methods else []
+            runs += [Run(task, seed, method, target) for target in targets for method in methods if method != DENSE]
+            yield from (run for run in runs if results.find(run) is None)
 
 
-def shrink(cell: Cell, method: str, results: Results) -> tuple[PreTrainedModel, int]:
+def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int, Courses]:
     """Let a method remove what it chooses from the dense checkpoint.
 
     Args:
         cell: Task and seed.
-        method: Name of the method.
+        run: The run.
         results: Finished runs; for a baseline, ours must be among them.
 
     Returns:
-        The model, smaller, and the optimizer steps that are left of the budget.
+        The model, smaller; the optimizer steps that are left of the budget; and how the posterior was trained, if any.
 
     Raises:
         ValueError: If ours is missing.
     """
     model = cell.dense()
-    if method == DENSE:
-        return model, 0
-    if method == OURS:
-        return cell.sparsify(model), cell.settings.recover_steps
-    ours = results.find(cell.task.name, cell.seed, OURS)
+    if run.method == DENSE:
+        return model, 0, {}
+    if run.method == OURS:
+        model, courses = cell.sparsify(model, run.target_speedup)
+        return model, cell.settings.recover_steps, courses
+    ours = results.find(run._replace(method=OURS))
     if ours is None:
-        raise ValueError(f"`{method}` keeps as many units as `{OURS}`: run `{OURS}` on {cell.task.name} first")
+        raise ValueError(f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task} first")
     counts = {unit: ours[f"{unit}s"] for unit in Unit}
-    mask = keep_best(model, SCORERS[method], counts, seed=cell.seed)
+    mask = keep_best(model, SCORERS[run.method], counts, seed=run.seed)
     prune_model_(model, mask)
-    return model, cell.settings.budget
+    return model, cell.settings.budget, {}
 
 
-def run(cell: Cell, method: str, results: Results) -> Row:
+def finish(cell: Cell, run: Run, results: Results) -> Row:
     """Do one run.
 
     Args:
         cell: Task and seed.
-        method: Name of the method.
+        run: The run.
         results: Finished runs.
 
     Returns:
@@ -139,27 +149,29 @@ def run(cell: Cell, method: str, results: Results) -> Row:
     """
     set_seed(cell.seed)
     started = time.monotonic()
-    model, steps_left = shrink(cell, method, results)
+    model, steps_left, courses = shrink(cell, run, results)
     after_cut = cell.score(model)
     if steps_left:
         cell.recover(model, steps_left)
     seconds = time.monotonic() - started
-    folder = cell.save(model, method)
+    name = run.method if run.target_speedup is None else f"{run.method}-{run.target_speedup:g}x"
+    folder = cell.save(model, name)
     # What counts is what was saved.
-    model = cell.load(method)
+    model = cell.load(name)
     left = units_left(model)
+    full, body = (body_cost(either, length=cell.settings.max_length) for either in (dense_twin(model), model))
     return {
-        "task": cell.task.name,
-        "seed": cell.seed,
-        "method": method,
+        **run._asdict(),
         **cell.score(model),
         "score_after_cut": after_cut["score"],
         "score_through": {door: score_in_new_process(folder, cell, flags) for door, flags in DOORS.items()},
         "parameters": model.num_parameters(),
-        "body_weights": body_cost(model, length=1).weights,
+        "body_weights": body.weights,
+        "speedup": cost_ratio(full.macs, body.macs),
         **{f"{unit}s": sum(left[unit]) for unit in Unit},
         **{f"{unit}s_per_layer": left[unit] for unit in Unit},
         "latency": latencies(model),
+        "courses": courses,
         "seconds": round(seconds, 1),
         "environment": {**environment(cell.device), "threads": str(torch.get_num_threads())},
         "commit": commit(),
@@ -194,16 +206,16 @@ def work(args: BenchmarkArguments, results: Results) -> None:
         results: Where finished runs go.
     """
     work_dir = Path(args.work_dir)
-    for task, seed in dict.fromkeys((task, seed) for task, seed, _ in args.missing(results)):
+    for task, seed in dict.fromkeys((run.task, run.seed) for run in args.missing(results)):
         with claim(work_dir / f"{task}-{seed}.lock") as granted:
             if not granted:
                 continue
             cell = Cell(
                 args.settings, task, seed, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
             )
-            left = [key[2] for key in args.missing(results) if key[:2] == (task, seed)]
-            for method in left:
-                results.add(run(cell, method, results))
+            left = [run for run in args.missing(results) if (run.task, run.seed) == (task, seed)]
+            for run in left:
+                results.add(finish(cell, run, results))
 
 
 def print_plan(args: BenchmarkArguments, results: Results) -> None:
@@ -215,10 +227,11 @@ def print_plan(args: BenchmarkArguments, results: Results) -> None:
     """
     rows = results.rows()
     lines = []
-    for task, seed, method in args.missing(results):
-        known = [row["seconds"] for row in rows if (row["task"], row["method"]) == (task, method)]
-        lines.append([task, str(seed), method, f"{fmean(known):.0f} s" if known else "unknown"])
-    print_table(["task", "seed", "method", "may take"], lines)
+    for run in args.missing(results):
+        known = [row["seconds"] for row in rows if (row["task"], row["method"]) == (run.task, run.method)]
+        asked = "" if run.target_speedup is None else f"{run.target_speedup:g}x"
+        lines.append([run.task, str(run.seed), run.method, asked, f"{fmean(known):.0f} s" if known else "unknown"])
+    print_table(["task", "seed", "method", "asked for", "may take"], lines)
 
 
 @one_line_errors
@@ -234,6 +247,9 @@ def main(argv: list[str]) -> None:
     results = Results(Path(args.results_file), settings)
     if args.plan:
         print_plan(args, results)
+        return
+    if args.plots is not None:
+        draw_courses(results.rows(), Path(args.plots))
         return
     if not args.table:
         work(args, results)

@@ -8,9 +8,9 @@ import benchmark
 import pytest
 import run_glue
 import torch
-from benchmarks import measurements
+from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_best
-from benchmarks.results import Results, latency_table, score_table
+from benchmarks.results import Results, Run, latency_table, score_table
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
 from models import HEAD_SIZE, HEADS, tiny_model
@@ -89,7 +89,7 @@ def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: py
     folder, rows = finished
     benchmark.main(flags(samples, folder))
     assert len((folder / "results.jsonl").read_text().splitlines()) == len(rows)
-    assert "| sst2 | magnitude | 1 |" in capsys.readouterr().out
+    assert "| sst2 |  | magnitude | 1 |" in capsys.readouterr().out
 
 
 def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,19 +165,45 @@ def test_random_follows_its_seed() -> None:
 
 def row(method: str, seed: int, score: float, weights: int) -> dict[str, Any]:
     timing = {"batch_size": 1, "length": 32, "predicted": 2.0, "dense": 0.3, "pruned": 0.1}
-    run = {"task": "sst2", "method": method, "seed": seed, "score": score, "score_after_cut": score - 0.1}
+    run = {**Run("sst2", seed, method)._asdict(), "score": score, "score_after_cut": score - 0.1}
     return {**run, "body_weights": weights, "latency": [timing]}
 
 
 def test_tables_pair_scores_by_seed() -> None:
     rows = [row("dense", 0, 0.9, 100), row("dense", 1, 0.8, 100), row("vd", 0, 0.88, 40), row("vd", 1, 0.8, 20)]
     lines = score_table(rows).splitlines()
-    assert lines[-1] == "| sst2 | vd | 2 | 30.00 ± 10.00 % | 74.00 ± 4.00 | 84.00 ± 4.00 | -1.00 ± 1.00 |"
-    assert latency_table(rows).splitlines()[-1] == "| sst2 | vd | 1 | 32 | 2.00 ± 0.00x | 3.00 ± 0.00x |"
+    assert lines[-1] == "| sst2 |  | vd | 2 | 30.00 ± 10.00 % | 74.00 ± 4.00 | 84.00 ± 4.00 | -1.00 ± 1.00 |"
+    assert latency_table(rows).splitlines()[-1] == "| sst2 |  | vd | 1 | 32 | 2.00 ± 0.00x | 3.00 ± 0.00x |"
 
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    Results(path, {"steps": 1}).add({"task": "sst2", "seed": 0, "method": "vd"})
-    assert Results(path, {"steps": 2}).find("sst2", 0, "vd") is None
-    assert Results(path, {"steps": 1}).find("sst2", 0, "vd") is not None
+    path, run = tmp_path / "results.jsonl", Run("sst2", 0, "vd")
+    Results(path, {"steps": 1}).add(run._asdict())
+    assert Results(path, {"steps": 2}).find(run) is None
+    assert Results(path, {"steps": 1}).find(run) is not None
+    assert Results(path, {"steps": 1}).find(run._replace(target_speedup=2.0)) is None
+
+
+def test_targets_are_runs_of_their_own(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+    monkeypatch.setattr(cell, "LOGGING_STEPS", 1)
+    monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
+    asked = flags(samples, tmp_path, "--methods", "vd", "random", "--target_speedups", "1.2", "1.5")
+    benchmark.main(asked)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["target_speedup"]) for row in rows] == [
+        ("vd", 1.2),
+        ("random", 1.2),
+        ("vd", 1.5),
+        ("random", 1.5),
+    ]
+    for row in rows[::2]:
+        assert row["speedup"] >= row["target_speedup"]
+    assert rows[0]["heads"] + rows[0]["neurons"] > rows[2]["heads"] + rows[2]["neurons"]
+    assert "| sst2 | 1.2x | random | 1 |" in capsys.readouterr().out
+    benchmark.main([*asked, f"--plots={tmp_path / 'plots'}"])
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        f"sst2-{name}.png" for name in ("kl_weight", "nll", "expected_removal", "expected_speedup")
+    }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One task and one seed: what all methods share, from the data over the dense checkpoint to the trainer."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
+from hf_vdneuron.history import report_training
 from hf_vdneuron.loading import load_model, load_tokenizer
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase
@@ -19,14 +20,19 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
-__all__ = ["DENSE", "EVAL_BATCH_SIZE", "Cell", "Settings"]
+__all__ = ["DENSE", "EVAL_BATCH_SIZE", "Cell", "Courses", "Settings"]
 
 #: Name of the dense checkpoint, and of the method that leaves it alone.
 DENSE = "dense"
 
 TRAIN_BATCH_SIZE, EVAL_BATCH_SIZE = 32, 64
 WARMUP_SHARE = 0.1
-LOGGING_STEPS = 50
+#: So that a course of 400 steps has 40 points.
+LOGGING_STEPS = 10
+
+#: What is kept of how a posterior was trained: name -> steps and values.
+Courses = dict[str, dict[str, list[float]]]
+COURSES = ("nll", "kl_weight", "expected_removal", "expected_speedup")
 
 
 @dataclass(frozen=True)
@@ -104,20 +110,24 @@ class Cell:
         if not (self.folder / DENSE / "config.json").exists():
             set_seed(self.seed)
             model, _ = load_model(self.settings.model, self.task)
-            self._train(model, Phase.FINETUNE, self.settings.dense_steps)
+            self._train(model, self._arguments(Phase.FINETUNE, self.settings.dense_steps)).prune()
             self.save(model, DENSE)
         return self.load(DENSE)
 
-    def sparsify(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Train the posterior, and remove what the dropout-rate rule finds irrelevant.
+    def sparsify(self, model: PreTrainedModel, target_speedup: float | None) -> tuple[PreTrainedModel, Courses]:
+        """Train the posterior, and remove what it says can go.
 
         Args:
             model: The dense model.
+            target_speedup: Speed-up to ask for; with None the dropout-rate rule decides.
 
         Returns:
-            The same model, smaller.
+            The same model, smaller, and how the posterior was trained.
         """
-        return self._train(model, Phase.SPARSIFY, self.settings.sparsify_steps, teacher=self.dense())
+        args = self._arguments(Phase.SPARSIFY, self.settings.sparsify_steps, target_speedup=target_speedup)
+        trainer = self._train(model, args, teacher=self.dense())
+        curves = report_training(trainer.state.log_history, args.phase_plan(trainer.state.max_steps)).curves
+        return trainer.prune(), {name: asdict(curves[name]) for name in COURSES if name in curves}
 
     def recover(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
         """Train what is left, with the dense checkpoint as the teacher.
@@ -129,7 +139,7 @@ class Cell:
         Returns:
             The same model.
         """
-        return self._train(model, Phase.RECOVER, steps, teacher=self.dense())
+        return self._train(model, self._arguments(Phase.RECOVER, steps), teacher=self.dense()).prune()
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """Score a model on the official validation sets, in fp32.
@@ -171,22 +181,23 @@ class Cell:
         return from_pretrained(self.folder / name).to(self.device)  # type: ignore[arg-type]  # transformers wraps `to`
 
     def _train(
-        self, model: PreTrainedModel, phase: Phase, steps: int, *, teacher: PreTrainedModel | None = None
-    ) -> PreTrainedModel:
-        """Run the trainer for one phase alone, and remove what it finds irrelevant."""
+        self, model: PreTrainedModel, args: VDTrainingArguments, *, teacher: PreTrainedModel | None = None
+    ) -> VDTrainer:
+        """Train in one phase alone; the trainer's `prune` takes the variational layers out again."""
         length = self.settings.max_length
         trainer = VDTrainer(
             model=model,
-            args=self._arguments(phase, steps),
+            args=args,
             teacher=teacher,
             train_dataset=encode(self.rows["train"], self.task, self.tokenizer, model.config, max_length=length),
             data_collator=DataCollatorWithPadding(self.tokenizer),
             processing_class=self.tokenizer,
+            max_length=length,
         )
         trainer.train()
-        return trainer.prune()
+        return trainer
 
-    def _arguments(self, phase: Phase, steps: int) -> VDTrainingArguments:
+    def _arguments(self, phase: Phase, steps: int, **more: Any) -> VDTrainingArguments:
         rates = {Phase.FINETUNE: self.settings.dense_learning_rate}
         fractions: dict[str, Any] = {f"{part}_fraction": float(part is phase) for part in Phase}
         return VDTrainingArguments(
@@ -204,4 +215,5 @@ class Cell:
             save_strategy="no",
             report_to="none",
             **fractions,
+            **more,
         )

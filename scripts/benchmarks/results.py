@@ -4,12 +4,29 @@
 import json
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 
-__all__ = ["Results", "Row", "latency_table", "score_table"]
+__all__ = ["Results", "Row", "Run", "latency_table", "score_table"]
 
 Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """What a run is known by, among those with the same settings.
+
+    Args:
+        task: Name of its task.
+        seed: Its seed.
+        method: Name of its method.
+        target_speedup: Speed-up of the body that was asked for; None if the dropout-rate rule decides, and if nothing
+            is removed.
+    """
+
+    task: str
+    seed: int
+    method: str
+    target_speedup: float | None = None
 
 
 class Results:
@@ -33,19 +50,16 @@ class Results:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         return [row for row in map(json.loads, lines) if row["settings"] == self.settings]
 
-    def find(self, task: str, seed: int, method: str) -> Row | None:
+    def find(self, run: Run) -> Row | None:
         """Look up one run.
 
         Args:
-            task: Name of its task.
-            seed: Its seed.
-            method: Name of its method.
+            run: The run.
 
         Returns:
             Its row, or None if it is not finished.
         """
-        key = (task, seed, method)
-        return next((row for row in self.rows() if (row["task"], row["seed"], row["method"]) == key), None)
+        return next((row for row in self.rows() if Run(*(row[name] for name in Run._fields)) == run), None)
 
     def add(self, row: Row) -> None:
         """Append one run in a single write, so that processes do not mix their lines.
@@ -65,15 +79,15 @@ def score_table(rows: list[Row]) -> str:
         rows: Finished runs.
 
     Returns:
-        Mean and standard error over seeds, one line per task and method. The last column is the score beyond the
-        dense checkpoint of the same seed.
+        Mean and standard error over seeds, one line per task, target and method. The last column is the score beyond
+        the dense checkpoint of the same seed.
     """
     dense = {(row["task"], row["seed"]): row["score"] for row in rows if row["method"] == "dense"}
     lines = [
-        "| task | method | seeds | body weights left | after the cut | score | against dense |",
-        "|---|---|---|---|---|---|---|",
+        "| task | asked for | method | seeds | body weights left | after the cut | score | against dense |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, method), runs in _grouped(rows, "task", "method").items():
+    for (task, target, method), runs in _grouped(rows, "task", "target_speedup", "method").items():
         full = max(row["body_weights"] for row in rows)
         paired = [row["score"] - dense[task, row["seed"]] for row in runs if (task, row["seed"]) in dense]
         cells = [
@@ -82,7 +96,7 @@ def score_table(rows: list[Row]) -> str:
             _spread([100 * row["score"] for row in runs]),
             _spread([100 * difference for difference in paired]),
         ]
-        lines.append(f"| {task} | {method} | {len(runs)} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {_asked(target)} | {method} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -93,8 +107,8 @@ def latency_table(rows: list[Row]) -> str:
         rows: Finished runs.
 
     Returns:
-        Dense over pruned, predicted for the body and measured for the whole model, one line per task, method, batch
-        size and length.
+        Dense over pruned, predicted for the body and measured for the whole model, one line per task, target,
+        method, batch size and length.
     """
     timed = [
         {**row, **timing, "measured": timing["dense"] / timing["pruned"]}
@@ -102,17 +116,23 @@ def latency_table(rows: list[Row]) -> str:
         if row["method"] != "dense"
         for timing in row["latency"]
     ]
-    lines = ["| task | method | batch | tokens | predicted | measured |", "|---|---|---|---|---|---|"]
-    for key, runs in _grouped(timed, "task", "method", "batch_size", "length").items():
+    lines = ["| task | asked for | method | batch | tokens | predicted | measured |", "|---|---|---|---|---|---|---|"]
+    groups = _grouped(timed, "task", "target_speedup", "method", "batch_size", "length")
+    for (task, target, *key), runs in groups.items():
         speedups = [_spread([row[name] for row in runs], "x") for name in ("predicted", "measured")]
-        lines.append(f"| {' | '.join(map(str, (*key, *speedups)))} |")
+        lines.append(f"| {' | '.join(map(str, (task, _asked(target), *key, *speedups)))} |")
     return "\n".join(lines)
 
 
+def _asked(target: float | None) -> str:
+    """Write what was asked for; nothing if nothing was."""
+    return "" if target is None else f"{target:g}x"
+
+
 def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Group rows by some of their values, task by task, in the order in which they were finished."""
+    """Group rows by some of their values, task by task and target by target, in the order of their finish."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: str(row["task"])):
+    for row in sorted(rows, key=lambda row: (str(row["task"]), row["target_speedup"] or 0.0)):
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of finished runs."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+
+from benchmarks.results import Row
+from hf_vdneuron.drawing import LIGHT, TEXT_SIZE, Drawing, canvas, save_drawings
+from hf_vdneuron.schedules import removal_path
+
+
+__all__ = ["draw_courses"]
+
+COLOURS = ("first", "second", "third")
+HEIGHT = 2.4
+
+#: Points in which the path is drawn.
+PATH_POINTS = 100
+
+#: Curve -> title of its picture and what that shows.
+PANELS = {
+    "kl_weight": ("KL weight", "How hard the KL term pulls."),
+    "nll": ("Loss", "Negative log-likelihood of the labels with noise, in nats per example."),
+    "expected_removal": ("On the way to the target", "Share of what has to go that is about to; dashed: the path."),
+    "expected_speedup": ("Speed-up by the dropout-rate rule", "What the rule alone would give, before the cut."),
+}
+
+
+def draw_courses(rows: list[Row], folder: Path) -> None:
+    """Draw how posteriors were steered to their targets, a file per task and curve; a line is a seed.
+
+    Args:
+        rows: Finished runs.
+        folder: Where the files go.
+    """
+    steered = [row for row in rows if row["target_speedup"] is not None and row.get("courses")]
+    for task in sorted({row["task"] for row in steered}):
+        runs = [row for row in steered if row["task"] == task]
+        save_drawings([_draw(name, task, runs) for name in PANELS], folder)
+
+
+def _draw(name: str, task: str, runs: list[Row]) -> Drawing:
+    """Draw one curve of all runs of a task, a colour per target."""
+    title, caption = PANELS[name]
+    figure, axes = canvas(f"{title}, {task}", HEIGHT)
+    steps = runs[0]["settings"]["sparsify_steps"]
+    for target, colour in zip(sorted({run["target_speedup"] for run in runs}), COLOURS, strict=False):
+        of_target = [run["courses"][name] for run in runs if run["target_speedup"] == target]
+        for index, course in enumerate(of_target):
+            label = f"{target:g}x" if index == 0 else None
+            axes.plot(course["steps"], course["values"], lw=1.2, color=LIGHT[colour], label=label)
+        if name == "expected_speedup":
+            axes.axhline(target, lw=0.8, ls="--", color=LIGHT[colour])
+    if name == "expected_removal":
+        shares = [point / PATH_POINTS for point in range(PATH_POINTS + 1)]
+        axes.plot([steps * share for share in shares], [*map(removal_path, shares)], "--", lw=0.8, color=LIGHT["ink"])
+    _scale(axes, name, steps)
+    axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=1.2)
+    return Drawing(f"{task}-{name}", title, caption, "", figure)
+
+
+def _scale(axes: Axes, name: str, steps: int) -> None:
+    """Fit the axes to a curve."""
+    axes.grid(axis="y", color=LIGHT["line"], lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0, steps)
+    axes.set_xlabel("step", fontsize=TEXT_SIZE, color=LIGHT["muted"])
+    if name == "expected_removal":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif name in {"kl_weight", "expected_speedup"}:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
