@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -22,11 +23,15 @@ __all__ = [
     "require_one_process_per_device",
     "require_own_teacher",
     "require_posterior",
+    "require_supported_sharding",
 ]
 
 
 #: Stage of DeepSpeed's ZeRO that spreads the parameters themselves.
 ZERO_STAGE_OF_PARAMETERS = 3
+
+#: Version of FSDP that leaves a weight a matrix.
+SUPPORTED_FSDP_VERSION = 2
 
 
 def require_no_scheduler(optimizers: tuple[object, object] | None) -> None:
@@ -65,7 +70,31 @@ def require_one_process_per_device(args: VDTrainingArguments) -> None:
     if is_deepspeed_zero3_enabled() or getattr(plugin, "zero_stage", None) == ZERO_STAGE_OF_PARAMETERS:
         raise ValueError(
             "DeepSpeed's ZeRO-3 cuts weights into pieces that know no rows: expected whole weights on every device. "
-            "Use stage 1 or 2, FSDP through `accelerate`, or plain data parallelism."
+            "Use stage 1 or 2, FSDP2 through `accelerate`, or plain data parallelism."
+        )
+
+
+def require_supported_sharding(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Refuse fully sharded data parallelism in ways that lose a posterior or its prior.
+
+    Args:
+        plugin: What accelerate knows of it, None without it.
+
+    Raises:
+        ValueError: If it is of version 1, or one process is to load the model for all.
+    """
+    if plugin is None:
+        return
+    if plugin.fsdp_version != SUPPORTED_FSDP_VERSION:
+        raise ValueError(
+            f"FSDP of version {plugin.fsdp_version} makes one vector of many weights: expected version 2, which keeps "
+            "their rows. Set `fsdp_version: 2` in the config of accelerate."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` is on, with which accelerate sends parameters to the processes but no "
+            "buffers, such as priors and masks: expected every process to load the model. Set "
+            "`fsdp_cpu_ram_efficient_loading: false` in the config of accelerate."
         )
 
 

@@ -2,7 +2,6 @@
 """Learn from a dense teacher: its logits become the targets."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_vdneuron.checkpoints import has_teacher, load_teacher_, save_teacher
-from hf_vdneuron.patching import unpatch_model_
+from hf_vdneuron.sharding import dense_copy
 
 
 __all__ = ["IGNORED_LABEL", "ProblemType", "Teacher", "distillation_loss", "predictions"]
@@ -142,8 +141,8 @@ def predictions(outputs: object, whose: str) -> Tensor:
     )
 
 
-def _dense_copy(student: nn.Module) -> nn.Module:
-    return unpatch_model_(deepcopy(student)).requires_grad_(False).eval()
+def _fixed_copy(student: nn.Module) -> nn.Module:
+    return dense_copy(student).requires_grad_(False).eval()
 
 
 class Teacher:
@@ -173,7 +172,7 @@ class Teacher:
             student: A patched model, which is left alone.
         """
         if self.given is None:
-            self._own = _dense_copy(student)
+            self._own = _fixed_copy(student)
 
     def save(self, checkpoint: str | Path) -> None:
         """Put the run's own copy into a checkpoint; the user has theirs.
@@ -193,7 +192,7 @@ class Teacher:
         """
         self.forget_own_()
         if self.given is None and has_teacher(checkpoint):
-            self._own = _dense_copy(student)
+            self._own = _fixed_copy(student)
             load_teacher_(self._own, checkpoint)
 
     def loss(

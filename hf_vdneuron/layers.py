@@ -30,6 +30,7 @@ __all__ = [
     "feature_axis",
     "make_dense_",
     "make_variational_",
+    "whole",
 ]
 
 #: Layers that can hold a posterior.
@@ -76,7 +77,7 @@ class VariationalLayer(nn.Module):
     @property
     def mean(self) -> Tensor:
         """Posterior mean under the masks, in the shape and dtype of `weight`."""
-        mean = _whole(self.weight)
+        mean = whole(self.weight)
         for axis in (self.group_axis, 1 - self.group_axis):
             factor = self._factor(axis)
             if factor is not None:
@@ -86,7 +87,7 @@ class VariationalLayer(nn.Module):
     @property
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Posterior mean under the masks and log-variance, in the shape of `weight`, float32 or wider."""
-        log_var = _whole(self.log_var)
+        log_var = whole(self.log_var)
         return self.mean.to(log_var.dtype), log_var
 
     @property
@@ -145,7 +146,7 @@ class VariationalLayer(nn.Module):
 
     def _shape_parameter(self, parameter: Tensor) -> Tensor:
         """Give a log-variance or group scale, without a gradient if they stand still."""
-        parameter = _whole(parameter)
+        parameter = whole(parameter)
         return parameter.detach() if self.frozen else parameter
 
     def _broadcast(self, per_feature: Tensor, axis: int) -> Tensor:
@@ -233,8 +234,15 @@ VARIATIONAL_CLASSES: dict[type[nn.Module], type[VariationalLayer]] = {
 }
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Gather what fully sharded data parallelism keeps in pieces outside of a forward pass."""
+def whole(tensor: Tensor) -> Tensor:
+    """Gather what fully sharded data parallelism keeps in pieces outside of a forward pass.
+
+    Args:
+        tensor: Any tensor. If it is in pieces, every process has to call this.
+
+    Returns:
+        All of it.
+    """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

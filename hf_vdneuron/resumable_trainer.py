@@ -19,6 +19,7 @@ from hf_vdneuron.checkpoints import (
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher
 from hf_vdneuron.hub_trainer import HubTrainer
+from hf_vdneuron.sharding import is_sharded
 from hf_vdneuron.steering import Steering
 
 
@@ -60,13 +61,27 @@ class ResumableTrainer(HubTrainer):
             require_complete(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, whole also in a run that shards models, where `Trainer` would save nothing.
+
+        Args:
+            output_dir: Folder; by default that of the arguments.
+            _internal_call: Whether the Trainer itself asks, which pushes nothing then.
+        """
+        if is_sharded(self.model) or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     # ---- Private methods of the Trainer, watched by tests/test_trainer.py ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save under the names that a resumed run loads by (huggingface/transformers#48805)."""
         with native_names(self.model):
             super()._save(output_dir, state_dict)
-        if self.vd_config is not None:
+        if self.vd_config is not None and self.args.should_save:
             self.vd_config.save(str(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:

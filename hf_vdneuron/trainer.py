@@ -16,6 +16,7 @@ from hf_vdneuron.checks import (
     require_kl_gradient,
     require_no_scheduler,
     require_one_process_per_device,
+    require_supported_sharding,
 )
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher, predictions
@@ -30,6 +31,7 @@ from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
 from hf_vdneuron.resumable_trainer import ResumableTrainer, Trial
 from hf_vdneuron.schedules import Phase, PhasePlan
+from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -89,6 +91,7 @@ class VDTrainer(ResumableTrainer):
         if model is not None:
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
+        require_supported_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False).eval()
         self.add_callback(self._phases)
@@ -307,6 +310,9 @@ class VDTrainer(ResumableTrainer):
     def prune(self) -> PreTrainedModel:
         """Remove irrelevant heads and neurons for good; the trainer then holds, saves and pushes the pruned model.
 
+        Every process has to call this. A sharded model is put together first, on every process: the pruned model is
+        a new object then.
+
         Another `train()` starts with a new optimizer, as the weights are new ones.
 
         Returns:
@@ -319,7 +325,10 @@ class VDTrainer(ResumableTrainer):
         # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
         if vars(self.model).pop("_original_forward", None) is not None:
             del self.model.forward
-        prune_model_(self.model, self.mask())
+        mask = self.mask()
+        if is_sharded(self.model):
+            self.model = self.callback_handler.model = cast(PreTrainedModel, dense_copy(self.model))
+        prune_model_(self.model, mask)
         self._phases.is_cut = True
         self.model_wrapped = self.model
         self.optimizer, self.lr_scheduler = None, None

@@ -16,6 +16,7 @@ from hf_vdneuron.checks import (
     require_one_process_per_device,
     require_own_teacher,
     require_posterior,
+    require_supported_sharding,
 )
 from hf_vdneuron.elbo import set_variational_, variational_layers
 from hf_vdneuron.patching import patch_model_
@@ -47,6 +48,25 @@ def test_parallelism_that_loses_the_kl_is_refused(devices: int, stage: int | Non
     plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
     with pytest.raises(ValueError, match=message):
         require_one_process_per_device(SimpleNamespace(n_gpu=devices, deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize(
+    ("version", "one_loads", "message"),
+    [
+        (1, False, "version 1 makes one vector .* expected version 2"),
+        (2, True, "but no buffers, such as priors and masks: expected every process to load"),
+    ],
+    ids=["flat-parameters", "one-process-loads"],
+)
+def test_sharding_that_loses_the_posterior_is_refused(version: int, one_loads: bool, message: str) -> None:
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=one_loads)
+    with pytest.raises(ValueError, match=message):
+        require_supported_sharding(plugin)
+
+
+@pytest.mark.parametrize("plugin", [None, SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)], ids=str)
+def test_pieces_of_whole_rows_are_fine(plugin: SimpleNamespace | None) -> None:
+    require_supported_sharding(plugin)
 
 
 @pytest.mark.parametrize("stage", [None, 1, 2])

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import distributed_run
+import fsdp_run
 import pytest
 import sharded_step
 import torch
-from runs import PRUNING, tiny_bert
+from runs import PRUNING, rows, tiny_bert
 
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.persistence import from_pretrained
 
 
 NUM_PROCESSES = 2
@@ -117,3 +119,27 @@ def test_the_kl_is_exact_where_every_process_holds_a_piece_of_each_weight(tmp_pa
         for part in ("priors", "relevance", "kept"):
             assert [name for name, value in expected[part].items() if not torch.equal(seen[part][name], value)] == []
         assert seen["expected"] == expected["expected"]
+
+
+#: As a user's config of accelerate has it.
+FSDP = (
+    f"accelerate.commands.launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+    f"--fsdp_transformer_layer_cls_to_wrap BertLayer --fsdp_cpu_ram_efficient_loading false --num_machines 1 "
+    f"--num_processes {NUM_PROCESSES} --mixed_precision no --dynamo_backend no --main_process_port 0"
+)
+
+
+def test_a_sharded_run_is_pruned_and_saved_whole(tmp_path: Path) -> None:
+    options = {**PRUNING, "ddp_backend": "gloo", "per_device_train_batch_size": 4, "eval_strategy": "no"}
+    first, second = start(FSDP.split(), fsdp_run.__file__, tmp_path, json.dumps(options))
+    assert first["sharded"]
+    removed = sum(int((~keep).sum()) for keep in first["kept"].values())
+    assert 0 < removed < sum(keep.numel() for keep in first["kept"].values())
+    for part in ("kept", "teacher"):
+        assert [name for name, value in first[part].items() if not torch.equal(value, second[part][name])] == []
+    for seen in (first, second):
+        torch.testing.assert_close(seen["pruned"], seen["masked"], rtol=0, atol=1e-5)
+    model = from_pretrained(tmp_path / "model").eval()
+    batch = torch.stack([row["input_ids"] for row in rows()[:8]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).logits, first["pruned"], rtol=0, atol=0)

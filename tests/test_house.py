@@ -33,6 +33,7 @@ DOWNHILL = [
     "elbo",
     "masks",
     "patching",
+    "sharding",
     "relevance",
     "budget",
     "pruning",

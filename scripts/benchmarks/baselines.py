@@ -22,9 +22,10 @@ Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
 
 
 def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
-    """Score a unit by the squared norm of all its weights, those of queries and keys too.
+    """Score a unit by the squared norm of all its weights, queries and keys too, relative to the mean of its layer.
 
-    By values and outputs alone, the first two layers of MiniLM would keep no head, and chance would do better.
+    How large the weights of a layer are says little of what it is worth: compared as they are, or by values and
+    outputs alone, whole layers of MiniLM would keep few neurons or no head, and chance would do better.
 
     Args:
         model: A dense model.
@@ -42,7 +43,7 @@ def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
             layer.weight.detach().float().square().movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1)
         )
         scores += by_feature.cpu()[part.features(units)].sum(1)
-    return scores
+    return scores / scores.mean()
 
 
 def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
@@ -66,8 +67,7 @@ SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "random": at_random}
 def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[Unit, int], *, seed: int) -> RelevanceMask:
     """Keep the best heads and the best neurons of a whole model, and end the others on both sides.
 
-    Where in the model they lie is the scorer's choice too: told the counts of each layer, magnitude would be no better
-    than chance. Ended on both sides, a unit leaves no constant behind.
+    Where in the model they lie is the scorer's choice too. Ended on both sides, a unit leaves no constant behind.
 
     Args:
         model: A dense model.
