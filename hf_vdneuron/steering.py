@@ -20,6 +20,7 @@ from hf_vdneuron.schedules import (
     PhasePlan,
     default_kl_weight,
     first_kl_weight,
+    kl_brake,
     kl_weight_at,
     removal_path,
     steer_kl_weight,
@@ -86,6 +87,7 @@ class Steering:
         self._course: _Course | None = None
         self._table: LatencyTable | None = None
         self._kl_weight: float | None = None
+        self._brake = 1.0
         self._units_at_start: dict[str, float] | None = None
 
     # ---- Setting out ----
@@ -104,7 +106,7 @@ class Steering:
         """
         self.removed = None
         if step <= plan.sparsify_start:
-            self._kl_weight, self._units_at_start = None, None
+            self._kl_weight, self._brake, self._units_at_start = None, 1.0, None
         if step == 0:
             self._table = None
         self._course = None
@@ -143,7 +145,7 @@ class Steering:
         if plan.phase_at(step) is not Phase.SPARSIFY:
             return 0.0
         if self._course is not None and args.kl_weight is None:
-            return self._course.first if self._kl_weight is None else self._kl_weight
+            return self._course.first if self._kl_weight is None else self._brake * self._kl_weight
         final = default_kl_weight(self.num_data()) if args.kl_weight is None else args.kl_weight
         return kl_weight_at(*plan.position(step), kl_weight=final, ramp=args.kl_ramp, start=args.kl_start)
 
@@ -168,13 +170,15 @@ class Steering:
             for part in course.sublayers
         }
         full = course.budget.cost({})
+        share_of_phase = done / plan.sparsify_steps
         self.removed = (full - course.budget.cost(counts)) / (full - course.goal)
         moved = steer_kl_weight(
             course.first if self._kl_weight is None else self._kl_weight,
-            behind=removal_path(done / plan.sparsify_steps) - self.removed,
+            behind=removal_path(share_of_phase) - self.removed,
             share_of_phase=every / plan.sparsify_steps,
         )
         self._kl_weight = min(max(moved, course.first / FURTHEST), course.first * FURTHEST)
+        self._brake = kl_brake(share_of_phase, self.removed)
 
     # ---- Arriving ----
 
@@ -202,6 +206,7 @@ class Steering:
         """Return what a checkpoint has to keep, as JSON types."""
         return {
             "kl_weight": self._kl_weight,
+            "brake": self._brake,
             "units_at_start": self._units_at_start,
             "latency_table": self._table and self._table.to_json(),
         }
@@ -213,7 +218,8 @@ class Steering:
             state: The state of the run that is resumed, None if its checkpoint has none.
         """
         state = state or Steering(self.length, self.num_data).state()
-        self._kl_weight, self._units_at_start = state["kl_weight"], state["units_at_start"]
+        self._kl_weight, self._brake = state["kl_weight"], state["brake"]
+        self._units_at_start = state["units_at_start"]
         table = state["latency_table"]
         self._table = table and LatencyTable.from_json(table)
 

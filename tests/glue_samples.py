@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from models import CONFIGS
 from transformers import (
     AutoModelForSequenceClassification,
@@ -89,3 +89,14 @@ def tiny_classifier(num_labels: int, family: str = "bert", label_names: Sequence
 
 def evaluate(model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset]) -> dict[str, Any]:
     return evaluate_glue(model, tiny_tokenizer(), task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
+
+
+def write_sst2(root: Path) -> None:
+    """Write a tiny model to `model` and the files of SST-2 to `data`."""
+    tiny_classifier(2).base_model.save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    columns = {name: values for name, values in columns_for(GLUE_TASKS["sst2"], 24).items() if name != "idx"}
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    for split in ("train", "validation"):
+        (root / "data" / "sst2").mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(root / "data" / "sst2" / f"{split}.parquet")

@@ -11,13 +11,11 @@ import torch
 from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_best
 from benchmarks.results import Results, Run, latency_table, score_table
-from datasets import ClassLabel, Dataset, Features, Value
-from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
+from glue_samples import write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.glue import GLUE_TASKS
 from hf_vdneuron.sublayers import Unit
 
 
@@ -31,13 +29,7 @@ NUM_STEPS = {"dense_steps": 2, "sparsify_steps": 3, "recover_steps": 2}
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and the files of SST-2."""
     root = tmp_path_factory.mktemp("samples")
-    tiny_classifier(2).base_model.save_pretrained(root / "model")
-    tiny_tokenizer().save_pretrained(root / "model")
-    columns = {name: values for name, values in columns_for(GLUE_TASKS["sst2"], 24).items() if name != "idx"}
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
-    for split in ("train", "validation"):
-        (root / "data" / "sst2").mkdir(parents=True, exist_ok=True)
-        Dataset.from_dict(columns, features=features).to_parquet(root / "data" / "sst2" / f"{split}.parquet")
+    write_sst2(root)
     return root
 
 

@@ -21,6 +21,7 @@ from hf_vdneuron.schedules import (
     KEPT_RATE,
     PhasePlan,
     first_kl_weight,
+    kl_brake,
     removal_path,
     steer_kl_weight,
 )
@@ -72,7 +73,7 @@ def test_a_fixed_weight_stays_fixed_and_the_target_is_met_all_the_same(tmp_path:
 def test_the_weight_follows_the_posterior(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rises: bool
 ) -> None:
-    """Where nothing goes the weight rises all the way, where all is gone at once it falls."""
+    """Where nothing goes the weight rises all the way, where all is gone at once it is zero."""
     looks = []
 
     def expected(model: nn.Module) -> dict[str, float]:
@@ -86,9 +87,12 @@ def test_the_weight_follows_the_posterior(
     weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
     assert len(looks) == 21
     assert weights[0] == pytest.approx(first_kl_weight(NUM_ROWS, 1 / 2), rel=0.1)
-    steps = [after - before for before, after in pairwise(weights[1:])]
-    assert all(step >= 0 if rises else step <= 0 for step in steps)
-    assert weights[-1] > 10 * weights[0] if rises else weights[-1] < weights[0] / 10
+    if rises:
+        steps = [after - before for before, after in pairwise(weights[1:])]
+        assert all(step >= 0 for step in steps)
+        assert weights[-1] > 10 * weights[0]
+    else:
+        assert weights[1:] == []  # what is all gone needs no pull at all
 
 
 @pytest.mark.parametrize("config", [None, VDConfig(heads=False), VDConfig(exclude=["*.layer.0.*"])], ids=str)
@@ -121,6 +125,7 @@ def test_what_cannot_go_is_no_part_of_the_way(
 def test_the_weight_stays_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = steered(tmp_path, target_speedup=2.0, max_steps=600, logging_steps=20)
     monkeypatch.setattr("hf_vdneuron.steering.steer_kl_weight", lambda weight, **_: 2 * weight)
+    monkeypatch.setattr("hf_vdneuron.steering.kl_brake", lambda *_: 1.0)
     trainer.train()
     weights = [logs["kl_weight"] for logs in trainer.state.log_history if logs.get("kl_weight")]
     assert weights[-1] == pytest.approx(FURTHEST * first_kl_weight(NUM_ROWS, 1 / 2))
@@ -131,6 +136,13 @@ def test_one_move_of_the_controller() -> None:
     moved = steer_kl_weight(0.02, behind=0.1, share_of_phase=0.1)
     assert moved == pytest.approx(0.02 * 2.718281828 ** (CONTROLLER_GAIN / 100))
     assert steer_kl_weight(moved, behind=-0.1, share_of_phase=0.1) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("removed", "brake"), [(-0.1, 1.0), (0.5, 1.0), (0.86, 1.0), (0.93, 0.5), (1.0, 0.0), (1.3, 0.0)]
+)
+def test_the_brake_holds_where_a_posterior_is_ahead(removed: float, brake: float) -> None:
+    assert kl_brake(0.5, removed) == pytest.approx(brake)
 
 
 def test_the_path_rises_from_nothing_to_all() -> None:

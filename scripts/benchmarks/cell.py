@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One task and one seed: what all methods share, from the data over the dense checkpoint to the trainer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
@@ -20,7 +21,7 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
-__all__ = ["DENSE", "EVAL_BATCH_SIZE", "Cell", "Courses", "Settings"]
+__all__ = ["DENSE", "EVAL_BATCH_SIZE", "TRAIN_BATCH_SIZE", "Cell", "Courses", "Settings"]
 
 #: Name of the dense checkpoint, and of the method that leaves it alone.
 DENSE = "dense"
@@ -110,7 +111,7 @@ class Cell:
         if not (self.folder / DENSE / "config.json").exists():
             set_seed(self.seed)
             model, _ = load_model(self.settings.model, self.task)
-            self._train(model, self._arguments(Phase.FINETUNE, self.settings.dense_steps)).prune()
+            self.train(model, Phase.FINETUNE, self.settings.dense_steps).prune()
             self.save(model, DENSE)
         return self.load(DENSE)
 
@@ -124,9 +125,9 @@ class Cell:
         Returns:
             The same model, smaller, and how the posterior was trained.
         """
-        args = self._arguments(Phase.SPARSIFY, self.settings.sparsify_steps, target_speedup=target_speedup)
-        trainer = self._train(model, args, teacher=self.dense())
-        curves = report_training(trainer.state.log_history, args.phase_plan(trainer.state.max_steps)).curves
+        steps = self.settings.sparsify_steps
+        trainer = self.train(model, Phase.SPARSIFY, steps, teacher=self.dense(), target_speedup=target_speedup)
+        curves = report_training(trainer.state.log_history, trainer.plan).curves
         return trainer.prune(), {name: asdict(curves[name]) for name in COURSES if name in curves}
 
     def recover(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
@@ -139,7 +140,7 @@ class Cell:
         Returns:
             The same model.
         """
-        return self._train(model, self._arguments(Phase.RECOVER, steps), teacher=self.dense()).prune()
+        return self.train(model, Phase.RECOVER, steps, teacher=self.dense()).prune()
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """Score a model on the official validation sets, in fp32.
@@ -180,19 +181,39 @@ class Cell:
         """
         return from_pretrained(self.folder / name).to(self.device)  # type: ignore[arg-type]  # transformers wraps `to`
 
-    def _train(
-        self, model: PreTrainedModel, args: VDTrainingArguments, *, teacher: PreTrainedModel | None = None
+    def train(
+        self,
+        model: PreTrainedModel,
+        phase: Phase,
+        steps: int,
+        *,
+        teacher: PreTrainedModel | None = None,
+        target_speedup: float | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> VDTrainer:
-        """Train in one phase alone; the trainer's `prune` takes the variational layers out again."""
+        """Train in one phase alone.
+
+        Args:
+            model: The model; it is patched.
+            phase: The phase.
+            steps: Optimizer steps.
+            teacher: Model to learn from.
+            target_speedup: Speed-up to ask for.
+            callbacks: Who else looks on.
+
+        Returns:
+            The trainer, whose `prune` takes the variational layers out again.
+        """
         length = self.settings.max_length
         trainer = VDTrainer(
             model=model,
-            args=args,
+            args=self._arguments(phase, steps, target_speedup=target_speedup),
             teacher=teacher,
             train_dataset=encode(self.rows["train"], self.task, self.tokenizer, model.config, max_length=length),
             data_collator=DataCollatorWithPadding(self.tokenizer),
             processing_class=self.tokenizer,
             max_length=length,
+            callbacks=[*callbacks],
         )
         trainer.train()
         return trainer

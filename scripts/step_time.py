@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time a training step of each phase, in turns, and what a whole run costs beside dense fine-tuning.
+
+    python scripts/step_time.py --model_name_or_path M --dataset_dir DIR --task_name sst2
+
+Every phase sees the same batches, so that only what it does with them differs. The times of one call drift together;
+the ratios are what it is for.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.cell import TRAIN_BATCH_SIZE, Cell, Settings
+from transformers import TrainerCallback
+
+from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.loading import load_model
+from hf_vdneuron.schedules import Phase
+
+
+#: Steps at the start of each turn that are not timed: memory is allocated, kernels are chosen.
+WARMUP_STEPS = 2
+
+#: It does not change how long a step takes.
+LEARNING_RATE = 5e-5
+
+
+@dataclass
+class StepTimeArguments:
+    """Flags of this script."""
+
+    model_name_or_path: str = field(metadata={"help": "Pretrained model: a folder, or a Hub name."})
+    task_name: str = field(default="sst2", metadata={"help": "GLUE task whose rows are trained on."})
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder with `<task>/{train,validation}.parquet`; by default the Hub is used."}
+    )
+    target_speedup: float = field(default=2.0, metadata={"help": "Speed-up to ask for, so that the KL is steered."})
+    turns: int = field(default=3, metadata={"help": "Turns of each phase."})
+    steps: int = field(default=12, metadata={"help": "Steps of a turn, more than those that warm up."})
+    max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
+    finetune_steps: int = field(default=400, metadata={"help": "Steps of dense fine-tuning in the run to price."})
+    sparsify_steps: int = field(default=400, metadata={"help": "Steps of sparsification in it."})
+    recover_steps: int = field(default=160, metadata={"help": "Steps of recovery in it."})
+    bf16: bool = field(default=False, metadata={"help": "Train in mixed precision."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+
+    def __post_init__(self) -> None:
+        """Check the number of steps.
+
+        Raises:
+            ValueError: If no step of a turn would be timed.
+        """
+        if self.steps <= WARMUP_STEPS:
+            raise ValueError(f"`steps` is {self.steps}: expected more than the {WARMUP_STEPS} that warm up")
+
+
+class StepClock(TrainerCallback):
+    """Notes how long optimizer steps take, all that callbacks do in them included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *_: Any, **run: Any) -> None:
+        """Start the clock.
+
+        Args:
+            **run: Not used.
+        """
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **run: Any) -> None:
+        """Stop the clock.
+
+        Args:
+            **run: Not used.
+        """
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def time_phases(args: StepTimeArguments, work_dir: Path) -> dict[Phase, float]:
+    """Train a few steps in each phase, in turns.
+
+    Args:
+        args: Flags.
+        work_dir: Folder for what the trainer writes.
+
+    Returns:
+        Median seconds of a step.
+    """
+    settings = Settings(
+        model=args.model_name_or_path,
+        max_train_samples=TRAIN_BATCH_SIZE * args.steps,
+        max_length=args.max_length,
+        dense_steps=args.steps,
+        sparsify_steps=args.steps,
+        recover_steps=args.steps,
+        dense_learning_rate=LEARNING_RATE,
+        learning_rate=LEARNING_RATE,
+        bf16=args.bf16,
+    )
+    seconds: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+    for turn in range(args.turns):
+        cell = Cell(
+            settings, args.task_name, turn, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
+        )
+        for phase in Phase:
+            clock = StepClock()
+            model, teacher = (load_model(args.model_name_or_path, cell.task)[0] for _ in range(2))
+            learns = phase is not Phase.FINETUNE
+            target = args.target_speedup if phase is Phase.SPARSIFY else None
+            cell.train(
+                model, phase, args.steps, teacher=teacher if learns else None, target_speedup=target, callbacks=[clock]
+            )
+            seconds[phase] += clock.seconds[WARMUP_STEPS:]
+    return {phase: median(values) for phase, values in seconds.items()}
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Time the phases, and print what they and a whole run cost.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    (args,) = parse_args([StepTimeArguments], argv, description=__doc__)
+    with TemporaryDirectory() as work_dir:
+        seconds = time_phases(args, Path(work_dir))
+    dense = seconds[Phase.FINETUNE]
+    steps = {phase: getattr(args, f"{phase}_steps") for phase in Phase}
+    lines = [
+        [str(phase), f"{seconds[phase]:.3f} s", f"{seconds[phase] / dense:.2f}", str(steps[phase])] for phase in Phase
+    ]
+    whole = sum(steps[phase] * seconds[phase] for phase in Phase) / (steps[Phase.FINETUNE] * dense)
+    print_table(["phase", "step", "against a dense step", "steps"], lines)
+    print(f"\nThe whole run costs {whole:.2f} times its dense fine-tuning.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
