@@ -41,6 +41,18 @@ class RelevanceMask:
         keep = self.keep.get(sublayer.path)
         return torch.arange(sublayer.num_units) if keep is None else keep.all(0).nonzero().flatten().cpu()
 
+    def __and__(self, other: "RelevanceMask") -> "RelevanceMask":
+        """Keep what both masks keep.
+
+        Args:
+            other: Another mask of the same model.
+
+        Returns:
+            The mask.
+        """
+        both = {path: keep & other.keep[path] for path, keep in self.keep.items() if path in other.keep}
+        return RelevanceMask({**other.keep, **self.keep, **both})
+
     def require_fits(self, sublayers: Iterable[Sublayer]) -> None:
         """Check the mask against the sub-layers of a model.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_vdneuron.budget import Budget, Costs, keep_within
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
-from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.relevance import expected_units, relevance_mask, unit_relevance
 from hf_vdneuron.schedules import (
     KEPT_RATE,
@@ -183,7 +183,7 @@ class Steering:
     # ---- Arriving ----
 
     def mask(self, model: nn.Module, args: VDTrainingArguments) -> RelevanceMask:
-        """Choose what is kept.
+        """Choose what is kept of what an earlier run or the user left.
 
         Args:
             model: The patched model.
@@ -193,8 +193,10 @@ class Steering:
             What the target allows; without one, what the rule does not find irrelevant.
         """
         if self._course is None:
-            return relevance_mask(model, args.dropout_rate_threshold)
-        return keep_within(self._course.sublayers, unit_relevance(model), self._course.budget)
+            mask = relevance_mask(model, args.dropout_rate_threshold)
+        else:
+            mask = keep_within(self._course.sublayers, unit_relevance(model), self._course.budget)
+        return mask & read_mask(model)
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

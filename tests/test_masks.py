@@ -147,6 +147,21 @@ def test_later_mask_replaces_an_earlier_one() -> None:
     assert torch.equal(outputs(model, batch()), before)
 
 
+def test_both_masks_keep_what_each_keeps() -> None:
+    def row(*kept: bool) -> Tensor:
+        return torch.tensor([kept])
+
+    both = RelevanceMask({"a": row(True, False), "b": row(True)}) & RelevanceMask({
+        "a": row(True, True),
+        "c": row(False),
+    })
+    assert {path: keep.tolist() for path, keep in both.keep.items()} == {
+        "a": [[True, False]],
+        "b": [[True]],
+        "c": [[False]],
+    }
+
+
 def test_sublayers_that_a_mask_does_not_name_stay() -> None:
     model = tiny_model("bert")
     dense = deepcopy(model)

@@ -193,3 +193,14 @@ def test_latency_is_measured_once_and_kept_in_the_checkpoint(tmp_path: Path, mon
     counts = unit_counts(Costs(resumed.model, length=LENGTH).sublayers, read_mask(resumed.model))
     assert counts == unit_counts(Costs(trainer.model, length=LENGTH).sublayers, expected)
     assert table.predict(Costs(trainer.model, length=LENGTH).sublayers, counts) <= table.dense / 1.5
+
+
+def test_what_an_earlier_run_removed_stays_removed(tmp_path: Path) -> None:
+    first = steered(tmp_path, target_speedup=2.0)
+    first.train()
+    gone = read_mask(first.model).keep
+    second = steered(tmp_path, first.model, target_speedup=1.2)
+    second.train()
+    kept = read_mask(second.model).keep
+    assert any(not keep.all() for keep in gone.values())
+    assert [path for path, keep in gone.items() if (kept[path] & ~keep).any()] == []
