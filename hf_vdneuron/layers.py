@@ -85,6 +85,11 @@ class VariationalLayer(nn.Module):
         return mean.to(self.weight.dtype)
 
     @property
+    def direction(self) -> Tensor:
+        """What the group scale scales, under its name in a state dict."""
+        return self.weight
+
+    @property
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Posterior mean under the masks and log-variance, in the shape of `weight`, float32 or wider."""
         log_var = whole(self.log_var)

@@ -16,7 +16,7 @@ from runs import make_trainer, rows
 from torch import Tensor
 
 from hf_vdneuron.masks import read_mask
-from hf_vdneuron.sharding import is_sharded
+from hf_vdneuron.sharding import dense_copy, is_sharded
 
 
 def _pass_for_accelerators_() -> None:
@@ -31,7 +31,7 @@ def _pass_for_accelerators_() -> None:
 
 
 def run(folder: Path, options: dict[str, Any]) -> None:
-    """Train in all phases, prune, save; write what was seen."""
+    """Train in all phases, once more from a checkpoint, prune, save; write what was seen."""
     torch.set_num_threads(1)
     _pass_for_accelerators_()
     batch = {name: torch.stack([row[name] for row in rows()[:8]]) for name in ("input_ids",)}
@@ -40,6 +40,10 @@ def run(folder: Path, options: dict[str, Any]) -> None:
     seen: dict[str, Any] = {"sharded": is_sharded(trainer.model), "kept": dict(read_mask(trainer.model).keep)}
     seen["masked"] = _logits(trainer.model, batch)
     seen["teacher"] = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    seen["whole"] = dense_copy(trainer.model).state_dict()
+    resumed = make_trainer(folder / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{options['save_steps']}"))
+    seen["resumed"] = dense_copy(resumed.model).state_dict()
     pruned = trainer.prune()
     seen["pruned"] = _logits(pruned, batch)
     trainer.save_model(str(folder / "model"))

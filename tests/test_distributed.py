@@ -129,14 +129,16 @@ FSDP = (
 )
 
 
-def test_a_sharded_run_is_pruned_and_saved_whole(tmp_path: Path) -> None:
-    options = {**PRUNING, "ddp_backend": "gloo", "per_device_train_batch_size": 4, "eval_strategy": "no"}
+def test_a_sharded_run_is_resumed_pruned_and_saved_whole(tmp_path: Path) -> None:
+    middle = {"save_strategy": "steps", "save_steps": 6}  # half of the sparsification is done
+    options = {**PRUNING, **middle, "ddp_backend": "gloo", "per_device_train_batch_size": 4}
     first, second = start(FSDP.split(), fsdp_run.__file__, tmp_path, json.dumps(options))
     assert first["sharded"]
     removed = sum(int((~keep).sum()) for keep in first["kept"].values())
     assert 0 < removed < sum(keep.numel() for keep in first["kept"].values())
-    for part in ("kept", "teacher"):
+    for part in ("kept", "teacher", "whole"):
         assert [name for name, value in first[part].items() if not torch.equal(value, second[part][name])] == []
+    assert [name for name, value in first["whole"].items() if not torch.equal(value, first["resumed"][name])] == []
     for seen in (first, second):
         torch.testing.assert_close(seen["pruned"], seen["masked"], rtol=0, atol=1e-5)
     model = from_pretrained(tmp_path / "model").eval()
