@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a forward takes, measured on the device at hand: models take turns, so that drift hits them all alike."""
 
+import platform
 import time
 from collections.abc import Mapping
 from statistics import median
@@ -9,13 +10,26 @@ import torch
 from torch import Tensor, nn
 
 
-__all__ = ["measure_latency", "text_inputs"]
+__all__ = ["device_name", "measure_latency", "text_inputs"]
 
 #: Forwards of each model before the clock starts: caches fill, kernels are chosen.
 WARMUP_ROUNDS = 2
 
 #: Rounds of the clock. The median of 15 turns moves by a few percent on a busy machine.
 ROUNDS = 15
+
+
+def device_name(device: torch.device) -> str:
+    """Say what a device is.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Its type, and the name of the card or the architecture of the machine.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
 
 
 def text_inputs(*, batch_size: int, length: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:

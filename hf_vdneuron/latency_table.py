@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import UnitCounts
-from hf_vdneuron.latency import measure_latency
+from hf_vdneuron.latency import device_name, measure_latency
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.structure import dense_twin
@@ -41,6 +41,8 @@ class LatencyTable:
     Args:
         batch_size: Sequences in a forward.
         length: Tokens of each.
+        device: What it ran on, by `device_name`.
+        dtype: Type of its weights.
         dense: Seconds of the complete model.
         empty: Seconds of the model without any unit.
         units: Kind of unit -> the numbers of units that were timed, ascending, the complete sub-layer last.
@@ -49,10 +51,26 @@ class LatencyTable:
 
     batch_size: int
     length: int
+    device: str
+    dtype: str
     dense: float
     empty: float
     units: Mapping[Unit, list[int]]
     seconds: Mapping[Unit, list[float]]
+
+    def is_of(self, model: PreTrainedModel, *, batch_size: int, length: int) -> bool:
+        """Tell whether this was measured as a model would be now.
+
+        Args:
+            model: A model of the same architecture.
+            batch_size: Sequences in a forward.
+            length: Tokens of each.
+
+        Returns:
+            Whether device, data type and inputs are the same.
+        """
+        now = (batch_size, length, device_name(model.device), str(model.dtype))
+        return (self.batch_size, self.length, self.device, self.dtype) == now
 
     def predict(self, sublayers: list[Sublayer], counts: UnitCounts) -> float:
         """Look up a structure.
@@ -136,6 +154,8 @@ def measure_latency_table(model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
     return LatencyTable(
         batch_size=batch_size,
         length=length,
+        device=device_name(model.device),
+        dtype=str(model.dtype),
         dense=scale,
         empty=scale * empty,
         units=units,

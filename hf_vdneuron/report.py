@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import body_cost, units_left
-from hf_vdneuron.latency import measure_latency, text_inputs
+from hf_vdneuron.latency import device_name, measure_latency, text_inputs
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.sublayers import Unit
@@ -26,7 +26,6 @@ __all__ = [
     "ScoreReport",
     "SpeedReport",
     "TrainingReport",
-    "device_name",
     "environment",
     "kept_heads",
     "report_model",
@@ -266,19 +265,6 @@ def report_speed(
         batch_size=batch_size,
         length=length,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Say what a device is.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Its type, and the name of the card or the architecture of the machine.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device.type} ({name})"
 
 
 def versions() -> dict[str, str]:

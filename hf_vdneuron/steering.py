@@ -113,8 +113,10 @@ class Steering:
         if args.target is None or not plan.sparsify_steps:
             return
         costs = Costs(model, length=self.length)
-        if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY and self._table is None:
-            self._table = _measure_once(model, args, self.length)
+        if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY:
+            how = {"batch_size": args.latency_batch_size, "length": self.length}
+            if self._table is None or not self._table.is_of(model, **how):
+                self._table = _measure_once(model, args, self.length)
         budget = target_budget(args, costs, self._table)
         removable = unit_relevance(model)
         least = {path: int((~values.amin(0).isfinite()).sum()) for path, values in removable.items()}
@@ -231,5 +233,12 @@ def _measure_once(model: PreTrainedModel, args: VDTrainingArguments, length: int
     table: list[LatencyTable | None] = [None]
     if args.process_index == 0:
         inputs = text_inputs(batch_size=args.latency_batch_size, length=length, device=model.device)
-        table = [measure_latency_table(model, inputs)]
+        try:
+            table = [measure_latency_table(model, inputs)]
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"`{type(model).__name__}` cannot be timed on {args.latency_batch_size} x {length} token ids: "
+                f"{error}. Expected a model of text that takes as many. Lower `max_length`, or ask for a speed-up in "
+                "multiply-accumulates."
+            ) from error
     return broadcast_object_list(table)[0]

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from transformers import TrainerState, TrainingArguments
@@ -171,6 +171,7 @@ class VDTrainingArguments(TrainingArguments):
                 f"`hub_strategy` is `{strategy.value}`: checkpoints hold pickles, which are never uploaded; expected "
                 f"`{HubStrategy.END.value}` or `{HubStrategy.EVERY_SAVE.value}`."
             )
+        self._check_steering()
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 
     def _check_ranges(self) -> None:
@@ -186,6 +187,16 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are all 0: expected one above 0."
             )
+
+    def _check_steering(self) -> None:
+        if self.target is None or self.kl_weight is not None:
+            return
+        for known in fields(VDTrainingArguments):
+            if known.name in ("kl_ramp", "kl_start") and getattr(self, known.name) != known.default:
+                raise ValueError(
+                    f"`{known.name}` is {getattr(self, known.name)}, but with a target the KL weight is steered and "
+                    "has no schedule: leave it out, or set `kl_weight` too."
+                )
 
     @property
     def target(self) -> str | None:

@@ -34,12 +34,12 @@ from hf_vdneuron.config import VDConfig
 from hf_vdneuron.evaluation import encode, evaluate_glue, make_compute_metrics
 from hf_vdneuron.glue import GlueTask, glue_task, load_glue, split_off_dev, take
 from hf_vdneuron.history import PosteriorCallback, report_training
+from hf_vdneuron.latency import device_name
 from hf_vdneuron.loading import load_classifier, load_model
 from hf_vdneuron.patching import select_sublayers
 from hf_vdneuron.publishing import save_report
 from hf_vdneuron.report import (
     RunReport,
-    device_name,
     kept_heads,
     report_model,
     report_score,

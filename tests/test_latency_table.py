@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, body_cost, unit_counts
-from hf_vdneuron.latency import text_inputs
+from hf_vdneuron.latency import device_name, text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
@@ -20,6 +21,8 @@ from hf_vdneuron.sublayers import Unit
 TABLE = LatencyTable(
     batch_size=1,
     length=6,
+    device="cpu (here)",
+    dtype="torch.float32",
     dense=1.0,
     empty=0.1,
     units={Unit.HEAD: [1, HEADS], Unit.NEURON: [2, NEURONS]},
@@ -96,3 +99,13 @@ def test_a_table_can_be_measured() -> None:
     table = measure_latency_table(tiny_model("distilbert"), text_inputs(batch_size=1, length=6))
     assert 0 < table.empty < table.dense
     assert table.units[Unit.NEURON][-1] == NEURONS
+
+
+def test_a_table_is_of_what_it_was_measured_on() -> None:
+    model = tiny_model("bert").float()
+    table = replace(TABLE, device=device_name(model.device))
+    assert table.is_of(model, batch_size=1, length=6)
+    assert not table.is_of(model, batch_size=2, length=6)
+    assert not table.is_of(model, batch_size=1, length=5)
+    assert not table.is_of(model.bfloat16(), batch_size=1, length=6)
+    assert not TABLE.is_of(model.float(), batch_size=1, length=6)

@@ -7,6 +7,7 @@ import torch
 from models import HEADS, LAYERS, NEURONS, tiny_model
 from transformers import PreTrainedModel
 
+from hf_vdneuron.latency import device_name
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import (
@@ -14,7 +15,6 @@ from hf_vdneuron.report import (
     DropoutRateReport,
     RunReport,
     TrainingReport,
-    device_name,
     environment,
     kept_heads,
     report_model,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, unit_counts
 from hf_vdneuron.config import VDConfig
+from hf_vdneuron.latency import device_name
 from hf_vdneuron.latency_table import LatencyTable
 from hf_vdneuron.masks import read_mask
 from hf_vdneuron.patching import patch_model_
@@ -169,11 +170,13 @@ def test_a_target_out_of_reach_ends_a_run_before_its_first_step(tmp_path: Path) 
 def test_latency_is_measured_once_and_kept_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def measured(model: object, inputs: dict[str, Any]) -> LatencyTable:
+    def measured(model: PreTrainedModel, inputs: dict[str, Any]) -> LatencyTable:
         calls.append(tuple(inputs["input_ids"].shape))
         return LatencyTable(
-            2,
+            len(inputs["input_ids"]),
             LENGTH,
+            device_name(model.device),
+            str(model.dtype),
             1.0,
             0.1,
             {Unit.HEAD: [2, 4], Unit.NEURON: [12, 24]},
@@ -193,6 +196,19 @@ def test_latency_is_measured_once_and_kept_in_the_checkpoint(tmp_path: Path, mon
     counts = unit_counts(Costs(resumed.model, length=LENGTH).sublayers, read_mask(resumed.model))
     assert counts == unit_counts(Costs(trainer.model, length=LENGTH).sublayers, expected)
     assert table.predict(Costs(trainer.model, length=LENGTH).sublayers, counts) <= table.dense / 1.5
+    other = steered(tmp_path, **{**options, "latency_batch_size": 3})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert calls == [(2, LENGTH), (3, LENGTH)]  # measured otherwise, it would say nothing
+
+
+def test_a_model_that_cannot_be_timed_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        trainer_options={"max_length": 1_000},
+        **(PRUNING | {"kl_weight": None, "target_speedup": 1.5, "speedup_from": "latency"}),
+    )
+    with pytest.raises(ValueError, match=r"cannot be timed on 1 x 1000 token ids: .* Lower `max_length`"):
+        trainer.train()
 
 
 def test_what_an_earlier_run_removed_stays_removed(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
         ({"kl_ramp": NAN}, "`kl_ramp` is nan"),
         ({"kl_start": 0.0}, "`kl_start` is 0.0"),
         ({"kl_start": 1.5}, "`kl_start` is 1.5"),
+        ({"kl_start": 0.1, "target_speedup": 2.0}, "`kl_start` is 0.1, but with a target the KL weight is steered"),
+        ({"kl_ramp": 0.1, "target_params": 9}, "`kl_ramp` is 0.1, but with a target the KL weight is steered"),
         ({"kl_weight": -1.0}, "`kl_weight` is -1.0"),
         ({"kl_weight": NAN}, "`kl_weight` is nan"),
         ({"kl_weight": INF}, "`kl_weight` is inf"),
