@@ -7,17 +7,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_vdneuron.drawing import Drawing
 from hf_vdneuron.glue import GLUE_TASKS, HUB_DATASET
+from hf_vdneuron.how_to_load import how_to_load
 from hf_vdneuron.report import RunReport
 from hf_vdneuron.wording import named, percent
 
 
 __all__ = ["render_model_card"]
 
-#: What transformers says to weights of other sizes than the config's. People search for it.
-LOAD_ERROR = (
-    "RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above "
-    "report!"
-)
+#: Class that loads what `scripts/sparsify.py` makes.
+AUTO_CLASS = "AutoModelForSequenceClassification"
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -25,38 +23,7 @@ _TEMPLATE = """---
 
 # {{ report.base_model }}, sparsified on {{ report.task }}
 
-{% if is_cut -%}
-**How to load it.** Some layers are smaller than the config says, so a plain
-`{{ architecture }}.from_pretrained` stops with
-
-```text
-{{ load_error }}
-```
-
-Do **not** set `ignore_mismatched_sizes=True`: it replaces the trained weights by random ones. Either of these loads
-the model as it is:
-
-```python
-import hf_vdneuron
-
-model = hf_vdneuron.from_pretrained("{{ repo_id }}")
-```
-
-```python
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained("{{ repo_id }}", trust_remote_code=True)
-```
-{%- else -%}
-**How to load it.** Nothing was removed in the end, so this is an ordinary
-`{{ architecture }}`:
-
-```python
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained("{{ repo_id }}")
-```
-{%- endif %}
+{{ how_to_load }}
 
 ## What was removed
 
@@ -126,10 +93,7 @@ def render_model_card(
         template_str=_TEMPLATE,
         report=report,
         drawings=drawings,
-        architecture=architecture,
-        repo_id=repo_id,
-        is_cut=is_cut,
-        load_error=LOAD_ERROR,
+        how_to_load=how_to_load(architecture=architecture, auto_class=AUTO_CLASS, repo_id=repo_id, is_cut=is_cut),
         score=percent,
         counts=_counts,
         named=named,

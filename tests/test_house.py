@@ -39,6 +39,7 @@ DOWNHILL = [
     "pruning",
     "persistence",
     "plain_loading",
+    "how_to_load",
     "hub",
     "hub_trainer",
     "latency",

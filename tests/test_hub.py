@@ -22,6 +22,7 @@ from safetensors.torch import load, save_file
 from test_model_card import REPORT
 from transformers.utils import hub as transformers_hub
 
+from hf_vdneuron.how_to_load import TITLE
 from hf_vdneuron.hub import push_folder, uploadable_files
 from hf_vdneuron.model_card import render_model_card
 from hf_vdneuron.modeling_vdneuron import PrunedModel
@@ -410,7 +411,21 @@ def test_trainer_push_to_hub(hub: Hub, tmp_path: Path) -> None:
 
     future = trainer.push_to_hub("In the background", blocking=False, license="mit", token=TOKEN)
     assert future.result().repo_url.repo_id == "me/run"
-    assert b"mine" not in repo.files["README.md"]
+    card = repo.files["README.md"].decode()
+    assert "mine" not in card
+    assert 'model = hf_vdneuron.from_pretrained("me/run")' in card
+    assert 'model = AutoModelForSequenceClassification.from_pretrained("me/run", trust_remote_code=True)' in card
+
+
+def test_a_card_drafted_before_the_cut_is_drafted_again(hub: Hub, tmp_path: Path) -> None:
+    trainer, folder = run_folder(tmp_path)
+    trainer.train()
+    trainer.push_to_hub()
+    assert TITLE not in (folder / "README.md").read_text()
+    trainer.prune()
+    trainer.push_to_hub()
+    assert (folder / "README.md").read_text().count(TITLE) == 1
+    assert TITLE.encode() in hub.repos["me/run"].files["README.md"]
 
 
 def test_a_training_run_uploads_no_pickles(hub: Hub, tmp_path: Path) -> None:

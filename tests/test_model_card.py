@@ -11,8 +11,9 @@ from models import HEADS, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_vdneuron.figures import draw_run
+from hf_vdneuron.how_to_load import LOAD_ERROR
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.model_card import LOAD_ERROR, render_model_card
+from hf_vdneuron.model_card import render_model_card
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import Curve, ModelReport, RunReport, ScoreReport, SpeedReport, TrainingReport
 from hf_vdneuron.schedules import PhasePlan
