@@ -15,7 +15,10 @@ from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
-__all__ = ["SCORERS", "keep_best"]
+__all__ = ["NUM_CUTS", "SCORERS", "counts_after", "keep_best"]
+
+#: How many cuts a baseline makes on its way, with training between them. In one cut MiniLM lost MRPC for good.
+NUM_CUTS = 8
 
 #: Scores every unit of a sub-layer, shape `(num_units,)`; the larger, the more worth keeping.
 Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
@@ -62,6 +65,23 @@ def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
 
 #: Name of a baseline -> how it scores units.
 SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "random": at_random}
+
+
+def counts_after(cut: int, full: Mapping[Unit, int], counts: Mapping[Unit, int]) -> dict[Unit, int]:
+    r"""Tell how many units are left after one of several cuts, many of which go early (Zhu and Gupta 2017, eq. 1).
+
+    .. math:: k_t = k + (K - k) (1 - t / n)^3
+
+    Args:
+        cut: Cuts :math:`t` that were made, from 1 to `NUM_CUTS`.
+        full: Units :math:`K` of each kind in the dense model.
+        counts: Units :math:`k` of each kind that stay in the end.
+
+    Returns:
+        Units of each kind.
+    """
+    share = (1 - cut / NUM_CUTS) ** 3
+    return {unit: count + round(share * (full[unit] - count)) for unit, count in counts.items()}
 
 
 def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[Unit, int], *, seed: int) -> RelevanceMask:
