@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.results import Row
 from hf_vdneuron.drawing import LIGHT, TEXT_SIZE, Drawing, canvas, save_drawings
@@ -50,7 +50,9 @@ def _draw(name: str, task: str, runs: list[Row]) -> Drawing:
         of_target = [run["courses"][name] for run in runs if run["target_speedup"] == target]
         for index, course in enumerate(of_target):
             label = f"{target:g}x" if index == 0 else None
-            axes.plot(course["steps"], course["values"], lw=1.2, color=LIGHT[colour], label=label)
+            # The last entry is logged when the phase is over.
+            points = [point for point in zip(course["steps"], course["values"], strict=True) if point[0] < steps]
+            axes.plot(*zip(*points, strict=True), lw=1.2, color=LIGHT[colour], label=label)
         if name == "expected_speedup":
             axes.axhline(target, lw=0.8, ls="--", color=LIGHT[colour])
     if name == "expected_removal":
@@ -69,8 +71,3 @@ def _scale(axes: Axes, name: str, steps: int) -> None:
     axes.set_xlabel("step", fontsize=TEXT_SIZE, color=LIGHT["muted"])
     if name == "expected_removal":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif name in {"kl_weight", "expected_speedup"}:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
