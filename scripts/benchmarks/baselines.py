@@ -25,10 +25,10 @@ Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
 
 
 def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
-    """Score a unit by the squared norm of all its weights, queries and keys too, relative to the mean of its layer.
+    """Score a unit by the squared norm of all its weights, those of queries and keys too.
 
-    How large the weights of a layer are says little of what it is worth: compared as they are, or by values and
-    outputs alone, whole layers of MiniLM would keep few neurons or no head, and chance would do better.
+    By values and outputs alone, the first two layers of MiniLM would keep no head. Relative to the mean of each layer,
+    later cuts would empty the layers in the middle.
 
     Args:
         model: A dense model.
@@ -46,7 +46,7 @@ def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
             layer.weight.detach().float().square().movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1)
         )
         scores += by_feature.cpu()[part.features(units)].sum(1)
-    return scores / scores.mean()
+    return scores
 
 
 def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
