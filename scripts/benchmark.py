@@ -6,7 +6,7 @@
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
 on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. How many heads and neurons
 stay is decided by `vd`, by the dropout-rate rule or for each of the speed-ups of `--target_speedups`; the baselines
-keep as many of their own choice, and remove the others bit by bit while `vd` trains its posterior.
+keep as many of their own choice.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -15,7 +15,7 @@ Every finished run is a row of `--results_file`, and is skipped from then on. Se
 import fcntl
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from benchmarks.baselines import NUM_CUTS, SCORERS, counts_after, keep_best
+from benchmarks.baselines import SCORERS, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses
@@ -66,7 +66,7 @@ class BenchmarkArguments:
     max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
     dense_steps: int = field(default=400, metadata={"help": "Optimizer steps of the dense checkpoint."})
     sparsify_steps: int = field(default=400, metadata={"help": "Steps of our sparsification."})
-    recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery."})
+    recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery; others recover for both."})
     dense_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the dense checkpoint."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of everything after it."})
     bf16: bool = field(default=False, metadata={"help": "Train in mixed precision. Scores are in fp32 always."})
@@ -130,30 +130,10 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     ours = results.find(run._replace(method=OURS))
     if ours is None:
         raise ValueError(f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task} first")
-    model = shrink_by_score(cell, model, run, {unit: ours[f"{unit}s"] for unit in Unit})
-    # What follows the last cut trains on until the budget is spent.
-    return model, cell.settings.budget - (NUM_CUTS - 1) * cell.settings.steps_between_cuts, {}
-
-
-def shrink_by_score(cell: Cell, model: PreTrainedModel, run: Run, counts: Mapping[Unit, int]) -> PreTrainedModel:
-    """Remove what scores least, in several cuts over the steps in which ours trains its posterior.
-
-    Args:
-        cell: Task and seed.
-        model: The dense model.
-        run: The run.
-        counts: Units of each kind to keep in the end.
-
-    Returns:
-        The same model, smaller, right after the last cut.
-    """
-    full = {unit: sum(left) for unit, left in units_left(model).items()}
-    for cut in range(1, NUM_CUTS + 1):
-        if cut > 1 and cell.settings.steps_between_cuts:
-            cell.recover(model, cell.settings.steps_between_cuts)
-        seed = run.seed * NUM_CUTS + cut
-        prune_model_(model, keep_best(model, SCORERS[run.method], counts_after(cut, full, counts), seed=seed))
-    return model
+    counts = {unit: ours[f"{unit}s"] for unit in Unit}
+    mask = keep_best(model, SCORERS[run.method], counts, seed=run.seed)
+    prune_model_(model, mask)
+    return model, cell.settings.budget, {}
 
 
 def finish(cell: Cell, run: Run, results: Results) -> Row:

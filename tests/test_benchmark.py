@@ -1,7 +1,6 @@
 """`scripts/benchmark.py` and `benchmarks/`: equal counts and budgets, rows that add up, work that is shared."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 import run_glue
 import torch
 from benchmarks import cell, measurements
-from benchmarks.baselines import NUM_CUTS, SCORERS, counts_after, keep_best
+from benchmarks.baselines import SCORERS, keep_best
 from benchmarks.results import Results, Run, latency_table, score_table
-from glue_samples import tiny_classifier, write_sst2
+from glue_samples import write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 
@@ -76,35 +75,6 @@ def test_baselines_keep_as_many_units(finished: Finished) -> None:
         assert by_method[name]["heads"] == by_method["vd"]["heads"]
         assert by_method[name]["neurons"] == by_method["vd"]["neurons"]
         assert by_method[name]["parameters"] == by_method["vd"]["parameters"]
-
-
-@pytest.mark.parametrize("sparsify_steps", [3, 16, 21], ids=lambda steps: f"{steps}-steps")
-def test_a_baseline_trains_as_long_as_ours(
-    samples: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparsify_steps: int
-) -> None:
-    _, rows = finished
-    settings = {**rows[0]["settings"], "model": str(samples / "model"), "sparsify_steps": sparsify_steps}
-    where = {"dataset_dir": str(samples / "data"), "work_dir": tmp_path, "use_cpu": True}
-    own = cell.Cell(cell.Settings(**settings), "sst2", 0, **where)
-    trained: list[tuple[int, int]] = []
-    monkeypatch.setattr(own, "dense", lambda: tiny_classifier(2))
-    monkeypatch.setattr(own, "recover", lambda model, steps: trained.append((steps, model.num_parameters())))
-    results = Results(tmp_path / "results.jsonl", settings)
-    results.add({**rows[1], "heads": 2, "neurons": 3})
-    model, steps_left, _ = benchmark.shrink(own, Run("sst2", 0, "magnitude"), results)
-    assert sum(steps for steps, _ in trained) + steps_left == own.settings.budget
-    sizes = [size for _, size in trained]
-    assert sizes == sorted(sizes, reverse=True)
-    left = benchmark.units_left(model)
-    assert (sum(left[Unit.HEAD]), sum(left[Unit.NEURON])) == (2, 3)
-
-
-def test_most_goes_early() -> None:
-    full, counts = {Unit.NEURON: 1000}, {Unit.NEURON: 200}
-    left = [counts_after(cut, full, counts)[Unit.NEURON] for cut in range(NUM_CUTS + 1)]
-    steps = [before - after for before, after in pairwise(left)]
-    assert (left[0], left[NUM_CUTS // 2], left[-1]) == (1000, 300, 200)
-    assert steps == sorted(steps, reverse=True)
 
 
 def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,7 @@ from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
-__all__ = ["NUM_CUTS", "SCORERS", "counts_after", "keep_best"]
-
-#: How many cuts a baseline makes on its way, with training between them. In one cut MiniLM lost MRPC for good.
-NUM_CUTS = 8
+__all__ = ["SCORERS", "keep_best"]
 
 #: Scores every unit of a sub-layer, shape `(num_units,)`; the larger, the more worth keeping.
 Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
@@ -27,8 +24,7 @@ Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
 def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
     """Score a unit by the squared norm of all its weights, those of queries and keys too.
 
-    By values and outputs alone, the first two layers of MiniLM would keep no head. Relative to the mean of each layer,
-    later cuts would empty the layers in the middle.
+    By values and outputs alone, the first two layers of MiniLM would keep no head, and chance would do better.
 
     Args:
         model: A dense model.
@@ -67,27 +63,11 @@ def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) 
 SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "random": at_random}
 
 
-def counts_after(cut: int, full: Mapping[Unit, int], counts: Mapping[Unit, int]) -> dict[Unit, int]:
-    r"""Tell how many units are left after one of several cuts, many of which go early (Zhu and Gupta 2017, eq. 1).
-
-    .. math:: k_t = k + (K - k) (1 - t / n)^3
-
-    Args:
-        cut: Cuts :math:`t` that were made, from 1 to `NUM_CUTS`.
-        full: Units :math:`K` of each kind in the dense model.
-        counts: Units :math:`k` of each kind that stay in the end.
-
-    Returns:
-        Units of each kind.
-    """
-    share = (1 - cut / NUM_CUTS) ** 3
-    return {unit: count + round(share * (full[unit] - count)) for unit, count in counts.items()}
-
-
 def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[Unit, int], *, seed: int) -> RelevanceMask:
     """Keep the best heads and the best neurons of a whole model, and end the others on both sides.
 
-    Where in the model they lie is the scorer's choice too. Ended on both sides, a unit leaves no constant behind.
+    Where in the model they lie is the scorer's choice too: told the counts of each layer, magnitude would be no better
+    than chance. Ended on both sides, a unit leaves no constant behind.
 
     Args:
         model: A dense model.

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
 
-from benchmarks.baselines import NUM_CUTS
 from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
 from hf_vdneuron.history import report_training
@@ -47,7 +46,7 @@ class Settings:
         max_length: Tokens to which texts are truncated.
         dense_steps: Optimizer steps of the dense checkpoint.
         sparsify_steps: Steps of our sparsification.
-        recover_steps: Steps of our recovery; every other method has as many as ours in all.
+        recover_steps: Steps of our recovery; every other method recovers for both together.
         dense_learning_rate: Learning rate of the dense checkpoint.
         learning_rate: Learning rate of everything after it.
         bf16: Whether training is in mixed precision; scores are in fp32 always.
@@ -67,11 +66,6 @@ class Settings:
     def budget(self) -> int:
         """Optimizer steps after the dense checkpoint, the same for all methods."""
         return self.sparsify_steps + self.recover_steps
-
-    @property
-    def steps_between_cuts(self) -> int:
-        """Optimizer steps after each cut of a baseline but its last."""
-        return self.sparsify_steps // NUM_CUTS
 
 
 class Cell:
