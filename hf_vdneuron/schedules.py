@@ -298,8 +298,8 @@ def kl_brake(share_of_phase: float, removed: float) -> float:
     .. math:: \min\left(1,\; \frac{1 - r}{1 - p}\right)
 
     What is about to go hardly comes back, and what still has to is less and less. A weight that only drifts is late
-    then: with a gain of 15 and a target of 1.5x, the posterior of MiniLM on SST-2 let twice as much go as it was asked
-    to. With the brake the dropout-rate rule alone would have given 1.4x, and the cut has something to choose.
+    then: with a gain of 15 and a target of 1.5x, the dropout-rate rule alone would have given 2.0x on MiniLM and SST-2.
+    With the brake it gives 1.40x, 1.60x and 1.59x over three seeds.
 
     Args:
         share_of_phase: Share of the phase that is done, in `[0, 1]`; the path :math:`p` follows from it.
