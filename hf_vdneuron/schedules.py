@@ -298,7 +298,7 @@ def kl_brake(share_of_phase: float, removed: float) -> float:
     .. math:: \min\left(1,\; \frac{1 - r}{1 - p}\right)
 
     What is about to go hardly comes back, and what still has to is less and less. A weight that only drifts is late
-    then: with a gain of 15 and a target of 1.5x, the dropout-rate rule alone would have given 2.0x on MiniLM and SST-2.
+    then: with a gain of 15 and a target of 1.5x, the dropout-rate rule alone would have given 2.0x (MiniLM, SST-2).
     With the brake it gives 1.40x, 1.60x and 1.59x over three seeds.
 
     Args:
