@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -75,13 +76,14 @@ def require_one_process_per_device(args: VDTrainingArguments) -> None:
 
 
 def require_supported_sharding(plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Refuse fully sharded data parallelism in ways that lose a posterior or its prior.
+    """Refuse fully sharded data parallelism in ways that lose a posterior, its prior or its noise.
 
     Args:
         plugin: What accelerate knows of it, None without it.
 
     Raises:
-        ValueError: If it is of version 1, or one process is to load the model for all.
+        ValueError: If it is of version 1, one process is to load the model for all, it checkpoints activations, or it
+            casts parameters to fewer digits than float32.
     """
     if plugin is None:
         return
@@ -95,6 +97,17 @@ def require_supported_sharding(plugin: FullyShardedDataParallelPlugin | None) ->
             "`fsdp_cpu_ram_efficient_loading` is on, with which accelerate sends parameters to the processes but no "
             "buffers, such as priors and masks: expected every process to load the model. Set "
             "`fsdp_cpu_ram_efficient_loading: false` in the config of accelerate."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "`fsdp_activation_checkpointing` is on, which recomputes a layer with other noise than its loss was made "
+            "of, so that gradients are wrong: expected it off. Set `gradient_checkpointing=True` in the arguments."
+        )
+    dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    if dtype is not None and torch.finfo(dtype).bits < torch.finfo(torch.float32).bits:
+        raise ValueError(
+            f"FSDP would cast parameters to {dtype}, log-variances and group scales with them: expected float32. Set "
+            "`mixed_precision: no` in the config of accelerate, and neither `bf16` nor `fp16` in the arguments."
         )
 
 

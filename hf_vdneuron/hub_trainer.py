@@ -83,7 +83,7 @@ class HubTrainer(Trainer):
         autos = [auto for auto, name in auto_class_members(config).items() if name == architecture]
         repo_id = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         lines = how_to_load(
-            architecture=architecture, auto_class=[*autos, "AutoModel"][0], repo_id=repo_id, is_cut=True
+            architecture=architecture, auto_class=next(iter(autos), "AutoModel"), repo_id=repo_id, is_cut=True
         )
         path = Path(str(self.args.output_dir), CARD_NAME)
         card = ModelCard.load(path)

@@ -64,14 +64,17 @@ class ResumableTrainer(HubTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, whole also in a run that shards models, where `Trainer` would save nothing.
 
+        Every process has to call this. What lies in a checkpoint beside its own pieces is left to the Trainer.
+
         Args:
             output_dir: Folder; by default that of the arguments.
             _internal_call: Whether the Trainer itself asks, which pushes nothing then.
         """
-        if is_sharded(self.model) or not self.is_fsdp_enabled:
+        is_checkpoint = _internal_call and output_dir is not None
+        if not self.is_fsdp_enabled or (is_sharded(self.model) and is_checkpoint):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir)
+        self._save(output_dir, self.accelerator.get_state_dict(self.model) if is_sharded(self.model) else None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -51,7 +51,9 @@ def dense_copy(model: nn.Module) -> nn.Module:
         )
     copy = _own_class(model)(deepcopy(model.config))
     for name, parameter in copy.named_parameters():
-        parameter.data = whole(model.get_parameter(name)).detach().clone()
+        own = model.get_parameter(name)
+        parameter.data = whole(own).detach().clone()
+        parameter.requires_grad_(own.requires_grad)
     for name, buffer in copy.named_buffers():
         buffer.data = whole(model.get_buffer(name)).clone()
     for path, layer in variational_layers(model).items():

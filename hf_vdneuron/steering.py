@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_vdneuron.budget import Budget, Costs, keep_within
+from hf_vdneuron.budget import Budget, Costs, UnitCounts, keep_within, unit_counts
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -30,7 +30,7 @@ from hf_vdneuron.targets import target_budget
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
 
-__all__ = ["Steering"]
+__all__ = ["Steering", "steps_between_looks"]
 
 #: How often at least the controller looks at the posterior in one sparsification, a pass over its weights each time.
 LOOKS = 100
@@ -43,6 +43,18 @@ FURTHEST = 30.0
 LEAST_SHARE = 0.02
 
 
+def steps_between_looks(sparsify_steps: int) -> int:
+    """Tell how often the controller looks at the posterior.
+
+    Args:
+        sparsify_steps: Steps of the sparsification.
+
+    Returns:
+        Steps from one look to the next; the first look is before the first step.
+    """
+    return max(1, sparsify_steps // LOOKS)
+
+
 @dataclass(frozen=True)
 class _Course:
     """What the target of a run means for its model.
@@ -50,12 +62,14 @@ class _Course:
     Args:
         sublayers: Its sub-layers.
         budget: What may be kept of it.
+        present: Units that are there at the start.
         least: Cost of what cannot be removed.
         first: KL weight to start from.
     """
 
     sublayers: list[Sublayer]
     budget: Budget
+    present: UnitCounts
     least: float
     first: float
 
@@ -114,17 +128,22 @@ class Steering:
             return
         costs = Costs(model, length=self.length)
         if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY:
-            how = {"batch_size": args.latency_batch_size, "length": self.length}
-            if self._table is None or not self._table.is_of(model, **how):
-                self._table = _measure_once(model, args, self.length)
+            self._table = _agree_on_table(self._table, model, args, self.length)
         budget = target_budget(args, costs, self._table)
         removable = unit_relevance(model)
         least = {path: int((~values.amin(0).isfinite()).sum()) for path, values in removable.items()}
         budget.require_reachable(least)
-        fixed = budget.cost(least)
-        share_left = (budget.limit - fixed) / (budget.cost({}) - fixed)
+        # An earlier run, or the user, may have ended some; after the cut of this run there is no way left to go.
+        present = {} if step > plan.recover_start else unit_counts(costs.sublayers, read_mask(model))
+        fixed, now = budget.cost(least), budget.cost(present)
+        if now <= budget.limit:
+            raise ValueError(
+                f"`{args.target}` is {getattr(args, args.target):g}, which the model meets with what an earlier run "
+                "has ended: ask for more, or call `prune()` first to count from what is left."
+            )
+        share_left = (budget.limit - fixed) / (now - fixed)
         first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
-        self._course = _Course(costs.sublayers, budget, fixed, first)
+        self._course = _Course(costs.sublayers, budget, present, fixed, first)
         if self._kl_weight is None and plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
             raise ValueError(
                 f"The checkpoint of step {step} does not say which KL weight the run had reached: expected its "
@@ -159,7 +178,7 @@ class Steering:
             plan: Phases of the run.
             step: Steps done, from the start of the sparsification to its end.
         """
-        course, done, every = self._course, step - plan.sparsify_start, max(1, plan.sparsify_steps // LOOKS)
+        course, done, every = self._course, step - plan.sparsify_start, steps_between_looks(plan.sparsify_steps)
         if course is None or done % every:
             return
         expected = expected_units(model)
@@ -168,10 +187,12 @@ class Steering:
             return
         # Against the keep rates at the start, which depend on how large the weights of a model are.
         counts = {
-            part.path: part.num_units * expected[part.path] / (self._units_at_start[part.path] or 1.0)
+            part.path: course.present.get(part.path, part.num_units)
+            * expected[part.path]
+            / (self._units_at_start[part.path] or 1.0)
             for part in course.sublayers
         }
-        full = course.budget.cost({})
+        full = course.budget.cost(course.present)
         share_of_phase = done / plan.sparsify_steps
         self.removed = (full - course.budget.cost(counts)) / (full - course.goal)
         moved = steer_kl_weight(
@@ -228,17 +249,20 @@ class Steering:
         self._table = table and LatencyTable.from_json(table)
 
 
-def _measure_once(model: PreTrainedModel, args: VDTrainingArguments, length: int) -> LatencyTable:
-    """Measure on the first process, and tell the others: two clocks would ask for two structures."""
-    table: list[LatencyTable | None] = [None]
-    if args.process_index == 0:
-        inputs = text_inputs(batch_size=args.latency_batch_size, length=length, device=model.device)
+def _agree_on_table(
+    known: LatencyTable | None, model: PreTrainedModel, args: VDTrainingArguments, length: int
+) -> LatencyTable:
+    """Measure on the first process unless it knows, and tell the others: two clocks would ask for two structures."""
+    batch_size = args.latency_batch_size
+    if args.process_index == 0 and (known is None or not known.is_of(model, batch_size=batch_size, length=length)):
         try:
-            table = [measure_latency_table(model, inputs)]
+            known = measure_latency_table(
+                model, text_inputs(batch_size=batch_size, length=length, device=model.device)
+            )
         except (IndexError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"`{type(model).__name__}` cannot be timed on {args.latency_batch_size} x {length} token ids: "
-                f"{error}. Expected a model of text that takes as many. Lower `max_length`, or ask for a speed-up in "
-                "multiply-accumulates."
+                f"`{type(model).__name__}` cannot be timed on {batch_size} x {length} token ids: {error}. Expected a "
+                "model of text that takes as many, and memory for them. Lower `max_length` or `latency_batch_size`, "
+                "or ask for a speed-up in multiply-accumulates."
             ) from error
-    return broadcast_object_list(table)[0]
+    return broadcast_object_list([known])[0]

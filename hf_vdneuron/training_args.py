@@ -104,13 +104,14 @@ class VDTrainingArguments(TrainingArguments):
         default=0.6,
         metadata={
             "help": "Share of the sparsification over which the KL weight rises from `kl_start`, in [0, 1]. Without "
-            "effect where that is 1."
+            "effect where that is 1; refused where a target steers the weight."
         },
     )
     kl_start: float = field(
         default=1.0,
         metadata={
-            "help": "First KL weight relative to the final one, in (0, 1]; it rises exponentially. 1 is no rise."
+            "help": "First KL weight relative to the final one, in (0, 1]; it rises exponentially. 1 is no rise, "
+            "and all there is where a target steers the weight."
         },
     )
     log_var_distance: float = field(
@@ -149,8 +150,8 @@ class VDTrainingArguments(TrainingArguments):
         """Check the ranges.
 
         Raises:
-            ValueError: If a value is out of its range, there are two targets, gradient checkpointing is reentrant, or
-                checkpoints would go to the Hub.
+            ValueError: If a value is out of its range, there are two targets, a KL schedule beside one, gradient
+                checkpointing is reentrant, or checkpoints would go to the Hub.
         """
         super().__post_init__()
         self._check_ranges()

@@ -129,7 +129,8 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
         return model, cell.settings.recover_steps, courses
     ours = results.find(run._replace(method=OURS))
     if ours is None:
-        raise ValueError(f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task} first")
+        where = f"{run.task}, seed {run.seed}" + (f", at {run.asked}" if run.asked else "")
+        raise ValueError(f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {where} first")
     counts = {unit: ours[f"{unit}s"] for unit in Unit}
     mask = keep_best(model, SCORERS[run.method], counts, seed=run.seed)
     prune_model_(model, mask)
@@ -154,7 +155,7 @@ def finish(cell: Cell, run: Run, results: Results) -> Row:
     if steps_left:
         cell.recover(model, steps_left)
     seconds = time.monotonic() - started
-    name = run.method if run.target_speedup is None else f"{run.method}-{run.target_speedup:g}x"
+    name = "-".join(filter(None, [run.method, run.asked]))
     folder = cell.save(model, name)
     # What counts is what was saved.
     model = cell.load(name)
@@ -229,8 +230,7 @@ def print_plan(args: BenchmarkArguments, results: Results) -> None:
     lines = []
     for run in args.missing(results):
         known = [row["seconds"] for row in rows if (row["task"], row["method"]) == (run.task, run.method)]
-        asked = "" if run.target_speedup is None else f"{run.target_speedup:g}x"
-        lines.append([run.task, str(run.seed), run.method, asked, f"{fmean(known):.0f} s" if known else "unknown"])
+        lines.append([run.task, str(run.seed), run.method, run.asked, f"{fmean(known):.0f} s" if known else "unknown"])
     print_table(["task", "seed", "method", "asked for", "may take"], lines)
 
 

@@ -20,7 +20,9 @@ from transformers import TrainerCallback
 
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.loading import load_model
+from hf_vdneuron.relevance import expected_units
 from hf_vdneuron.schedules import Phase
+from hf_vdneuron.steering import steps_between_looks
 
 
 #: Steps at the start of each turn that are not timed: memory is allocated, kernels are chosen.
@@ -60,7 +62,7 @@ class StepTimeArguments:
 
 
 class StepClock(TrainerCallback):
-    """Notes how long optimizer steps take, all that callbacks do in them included."""
+    """Notes how long optimizer steps take, with EM, and without what is done between them: logs, looks, data."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -83,7 +85,7 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def time_phases(args: StepTimeArguments, work_dir: Path) -> dict[Phase, float]:
+def time_phases(args: StepTimeArguments, work_dir: Path) -> tuple[dict[Phase, float], float]:
     """Train a few steps in each phase, in turns.
 
     Args:
@@ -91,7 +93,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> dict[Phase, float]:
         work_dir: Folder for what the trainer writes.
 
     Returns:
-        Median seconds of a step.
+        Median seconds of a step in each, and of a look of the controller at the posterior.
     """
     settings = Settings(
         model=args.model_name_or_path,
@@ -105,6 +107,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> dict[Phase, float]:
         bf16=args.bf16,
     )
     seconds: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+    looks: list[float] = []
     for turn in range(args.turns):
         cell = Cell(
             settings, args.task_name, turn, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
@@ -114,29 +117,36 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> dict[Phase, float]:
             model, teacher = (load_model(args.model_name_or_path, cell.task)[0] for _ in range(2))
             learns = phase is not Phase.FINETUNE
             target = args.target_speedup if phase is Phase.SPARSIFY else None
-            cell.train(
+            trainer = cell.train(
                 model, phase, args.steps, teacher=teacher if learns else None, target_speedup=target, callbacks=[clock]
             )
             seconds[phase] += clock.seconds[WARMUP_STEPS:]
-    return {phase: median(values) for phase, values in seconds.items()}
+            if phase is Phase.SPARSIFY:
+                started = time.perf_counter()
+                expected_units(trainer.model)
+                looks.append(time.perf_counter() - started)
+    return {phase: median(values) for phase, values in seconds.items()}, median(looks)
 
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    """Time the phases, and print what they and a whole run cost.
+    """Time the phases, and print what they and a whole run cost, the controller's looks at the posterior included.
 
     Args:
         argv: Arguments without the program's name.
     """
     (args,) = parse_args([StepTimeArguments], argv, description=__doc__)
     with TemporaryDirectory() as work_dir:
-        seconds = time_phases(args, Path(work_dir))
+        seconds, look = time_phases(args, Path(work_dir))
     dense = seconds[Phase.FINETUNE]
     steps = {phase: getattr(args, f"{phase}_steps") for phase in Phase}
     lines = [
         [str(phase), f"{seconds[phase]:.3f} s", f"{seconds[phase] / dense:.2f}", str(steps[phase])] for phase in Phase
     ]
-    whole = sum(steps[phase] * seconds[phase] for phase in Phase) / (steps[Phase.FINETUNE] * dense)
+    num_looks = 1 + args.sparsify_steps // steps_between_looks(args.sparsify_steps)
+    lines.append(["look", f"{look:.3f} s", f"{look / dense:.2f}", str(num_looks)])
+    spent = sum(steps[phase] * seconds[phase] for phase in Phase) + num_looks * look
+    whole = spent / (steps[Phase.FINETUNE] * dense)
     print_table(["phase", "step", "against a dense step", "steps"], lines)
     print(f"\nThe whole run costs {whole:.2f} times its dense fine-tuning.")
 

@@ -36,15 +36,22 @@ def run(folder: Path, options: dict[str, Any]) -> None:
     _pass_for_accelerators_()
     batch = {name: torch.stack([row[name] for row in rows()[:8]]) for name in ("input_ids",)}
     trainer = make_trainer(folder, **options)
+    frozen = {name for name, _ in trainer.model.named_parameters() if "embeddings" in name}
+    for name in frozen:
+        trainer.model.get_parameter(name).requires_grad_(False)
     trainer.train()
+    trainer.save_model(str(folder / "unpruned"))
     seen: dict[str, Any] = {"sharded": is_sharded(trainer.model), "kept": dict(read_mask(trainer.model).keep)}
     seen["masked"] = _logits(trainer.model, batch)
     seen["teacher"] = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
     seen["whole"] = dense_copy(trainer.model).state_dict()
     resumed = make_trainer(folder / "resumed", **options)
+    for name in frozen:
+        resumed.model.get_parameter(name).requires_grad_(False)
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{options['save_steps']}"))
     seen["resumed"] = dense_copy(resumed.model).state_dict()
     pruned = trainer.prune()
+    seen["frozen"] = {name for name, own in pruned.named_parameters() if not own.requires_grad} == frozen
     seen["pruned"] = _logits(pruned, batch)
     trainer.save_model(str(folder / "model"))
     torch.save(seen, folder / f"rank-{trainer.args.process_index}.pt")

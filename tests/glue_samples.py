@@ -91,11 +91,11 @@ def evaluate(model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset]) -
     return evaluate_glue(model, tiny_tokenizer(), task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
 
 
-def write_sst2(root: Path) -> None:
+def write_sst2(root: Path, *, num_rows: int = 24) -> None:
     """Write a tiny model to `model` and the files of SST-2 to `data`."""
     tiny_classifier(2).base_model.save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")
-    columns = {name: values for name, values in columns_for(GLUE_TASKS["sst2"], 24).items() if name != "idx"}
+    columns = {name: values for name, values in columns_for(GLUE_TASKS["sst2"], num_rows).items() if name != "idx"}
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     for split in ("train", "validation"):
         (root / "data" / "sst2").mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import run_glue
 import torch
 from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_best
+from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Run, latency_table, score_table
 from glue_samples import write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
@@ -101,7 +102,7 @@ def test_a_claimed_cell_is_left_to_its_process(samples: Path, tmp_path: Path) ->
 def test_a_baseline_needs_our_counts(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(flags(samples, tmp_path, "--methods", "magnitude"))
-    assert "run `vd` on sst2 first" in capsys.readouterr().err
+    assert "run `vd` on sst2, seed 0 first" in capsys.readouterr().err
 
 
 def test_an_unknown_method_is_named(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,3 +200,16 @@ def test_targets_are_runs_of_their_own(
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         f"sst2-{name}.png" for name in ("kl_weight", "nll", "expected_removal", "expected_speedup")
     }
+
+
+def test_a_picture_holds_as_many_targets_as_colours(tmp_path: Path) -> None:
+    course = {name: {"steps": [1, 2], "values": [0.5, 0.6]} for name in ("kl_weight", "nll", "expected_removal")}
+    rows = [
+        {**Run("sst2", 0, "vd", target)._asdict(), "courses": course, "settings": {"sparsify_steps": 3}}
+        for target in (1.5, 2.0, 3.0, 4.0)
+    ]
+    draw_courses(rows[:3], tmp_path / "three")  # a curve that a run lacks is no reason to stop
+    assert {path.stem for path in (tmp_path / "three").iterdir()} == {f"sst2-{name}" for name in course}
+    with pytest.raises(ValueError, match="expected at most 3 targets"):
+        draw_courses(rows, tmp_path / "four")
+    assert not (tmp_path / "four").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import arguments, tiny_bert
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_vdneuron.checks import (
     require_all_phases,
@@ -24,6 +25,11 @@ from hf_vdneuron.trainer import VDTrainer
 
 
 TOKENS = torch.ones(2, 3, dtype=torch.long)
+
+#: What is supported, by the names of accelerate's plugin.
+SHARDING = SimpleNamespace(
+    fsdp_version=2, cpu_ram_efficient_loading=False, activation_checkpointing=False, mixed_precision_policy=None
+)
 
 
 @pytest.mark.parametrize("optimizers", [None, (None, None), (SimpleNamespace(), None)], ids=str)
@@ -51,22 +57,25 @@ def test_parallelism_that_loses_the_kl_is_refused(devices: int, stage: int | Non
 
 
 @pytest.mark.parametrize(
-    ("version", "one_loads", "message"),
+    ("change", "message"),
     [
-        (1, False, "version 1 makes one vector .* expected version 2"),
-        (2, True, "but no buffers, such as priors and masks: expected every process to load"),
+        ({"fsdp_version": 1}, "version 1 makes one vector .* expected version 2"),
+        ({"cpu_ram_efficient_loading": True}, "no buffers, such as priors and masks: expected every process to load"),
+        ({"activation_checkpointing": True}, "other noise .* Set `gradient_checkpointing=True`"),
+        ({"mixed_precision_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}, "cast parameters to torch.bf"),
+        ({"mixed_precision_policy": MixedPrecisionPolicy(param_dtype=torch.float16)}, "expected float32"),
     ],
-    ids=["flat-parameters", "one-process-loads"],
+    ids=["flat-parameters", "one-process-loads", "its-own-checkpointing", "bfloat16", "float16"],
 )
-def test_sharding_that_loses_the_posterior_is_refused(version: int, one_loads: bool, message: str) -> None:
-    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=one_loads)
+def test_sharding_that_loses_the_posterior_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        require_supported_sharding(plugin)
+        require_supported_sharding(SimpleNamespace(**{**vars(SHARDING), **change}))
 
 
-@pytest.mark.parametrize("plugin", [None, SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)], ids=str)
-def test_pieces_of_whole_rows_are_fine(plugin: SimpleNamespace | None) -> None:
-    require_supported_sharding(plugin)
+@pytest.mark.parametrize("policy", [None, MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.float32)], ids=str)
+def test_pieces_of_whole_rows_are_fine(policy: MixedPrecisionPolicy | None) -> None:
+    require_supported_sharding(None)
+    require_supported_sharding(SimpleNamespace(**{**vars(SHARDING), "mixed_precision_policy": policy}))
 
 
 @pytest.mark.parametrize("stage", [None, 1, 2])

@@ -13,6 +13,7 @@ import pytest
 import sharded_step
 import torch
 from runs import PRUNING, rows, tiny_bert
+from safetensors.torch import load_file
 
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.persistence import from_pretrained
@@ -141,6 +142,11 @@ def test_a_sharded_run_is_resumed_pruned_and_saved_whole(tmp_path: Path) -> None
     assert [name for name, value in first["whole"].items() if not torch.equal(value, first["resumed"][name])] == []
     for seen in (first, second):
         torch.testing.assert_close(seen["pruned"], seen["masked"], rtol=0, atol=1e-5)
+    assert first["frozen"]
+    assert second["frozen"]
+    unpruned = load_file(tmp_path / "unpruned" / "model.safetensors")
+    assert [name for name, value in first["whole"].items() if not torch.equal(value, unpruned[name])] == []
+    assert (tmp_path / "unpruned" / "vd_config.json").exists()
     model = from_pretrained(tmp_path / "model").eval()
     batch = torch.stack([row["input_ids"] for row in rows()[:8]])
     with torch.no_grad():

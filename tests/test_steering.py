@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import NUM_ROWS, PRUNING, make_trainer, tiny_bert
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ from hf_vdneuron.budget import Costs, unit_counts
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.latency import device_name
 from hf_vdneuron.latency_table import LatencyTable
-from hf_vdneuron.masks import read_mask
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.relevance import expected_units, unit_relevance
 from hf_vdneuron.schedules import (
@@ -212,11 +213,38 @@ def test_a_model_that_cannot_be_timed_is_named(tmp_path: Path) -> None:
 
 
 def test_what_an_earlier_run_removed_stays_removed(tmp_path: Path) -> None:
-    first = steered(tmp_path, target_speedup=2.0)
+    first = steered(tmp_path, target_speedup=1.3)
     first.train()
     gone = read_mask(first.model).keep
-    second = steered(tmp_path, first.model, target_speedup=1.2)
+    second = steered(tmp_path, first.model, target_speedup=1.6)
     second.train()
     kept = read_mask(second.model).keep
     assert any(not keep.all() for keep in gone.values())
     assert [path for path, keep in gone.items() if (kept[path] & ~keep).any()] == []
+
+
+def test_the_way_begins_where_an_earlier_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A posterior that moves not at all has gone none of it, and one that lets go what is left over has arrived."""
+    model = patch_model_(tiny_bert())
+    sublayers = find_sublayers(model)
+    half = {part.path: torch.arange(part.num_units) < part.num_units // 4 * 3 for part in sublayers}
+    mask_model_(model, RelevanceMask({part.path: half[part.path].expand(len(part.sides), -1) for part in sublayers}))
+    start = expected_units(model)
+    trainer = steered(tmp_path, model, target_speedup=2.0)
+    steering, plan = Steering(LENGTH, lambda: NUM_ROWS), PhasePlan(0, 100, 0)
+    steering.begin_(model, trainer.args, plan, step=0)
+    steering.look_(model, plan, step=0)
+    steering.look_(model, plan, step=50)
+    assert steering.removed == pytest.approx(0)
+    # Three quarters are there, and the target leaves a half of all: two thirds of them.
+    left = {path: units * 2 / 3 * KEPT_RATE for path, units in start.items()}
+    monkeypatch.setattr("hf_vdneuron.steering.expected_units", lambda _: left)
+    steering.look_(model, plan, step=100)
+    assert steering.removed == pytest.approx(1)
+
+
+def test_a_target_that_an_earlier_run_met_is_refused(tmp_path: Path) -> None:
+    first = steered(tmp_path, target_speedup=2.0)
+    first.train()
+    with pytest.raises(ValueError, match=r"`target_speedup` is 1\.2, which the model meets with what an earlier run"):
+        steered(tmp_path, first.model, target_speedup=1.2).train()

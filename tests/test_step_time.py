@@ -1,25 +1,37 @@
 """`scripts/step_time.py`: every phase is timed, and a run is priced by them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import step_time
 from glue_samples import write_sst2
+from torch import nn
 
 from hf_vdneuron.schedules import Phase
+from hf_vdneuron.trainer import VDTrainer
 
 
 def test_a_run_is_priced_by_its_phases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {Phase.FINETUNE: 0.5, Phase.SPARSIFY: 1.2, Phase.RECOVER: 0.75}
-    monkeypatch.setattr(step_time, "time_phases", lambda *_: seconds)
+    monkeypatch.setattr(step_time, "time_phases", lambda *_: (seconds, 0.1))
     step_time.main(["--model_name_or_path=M", "--finetune_steps=100", "--sparsify_steps=50", "--recover_steps=20"])
     out = capsys.readouterr().out
     assert ["sparsify", "1.200", "s", "2.40", "50"] in [line.split() for line in out.splitlines()]
-    assert "costs 2.50 times" in out
+    assert ["look", "0.100", "s", "0.20", "51"] in [line.split() for line in out.splitlines()]
+    assert "costs 2.60 times" in out  # (100 * 0.5 + 50 * 1.2 + 20 * 0.75 + 51 * 0.1) / 50
 
 
-def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path) -> None:
-    write_sst2(tmp_path)
+def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[Phase, list[list[int]]] = {phase: [] for phase in Phase}
+    compute_loss = VDTrainer.compute_loss
+
+    def watched(trainer: VDTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> object:
+        seen[trainer.phase].append(inputs["input_ids"].flatten().tolist())
+        return compute_loss(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(VDTrainer, "compute_loss", watched)
+    write_sst2(tmp_path, num_rows=200)
     args = step_time.StepTimeArguments(
         model_name_or_path=str(tmp_path / "model"),
         dataset_dir=str(tmp_path / "data"),
@@ -28,9 +40,12 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path) -> None:
         steps=step_time.WARMUP_STEPS + 1,
         use_cpu=True,
     )
-    seconds = step_time.time_phases(args, tmp_path / "work")
+    seconds, look = step_time.time_phases(args, tmp_path / "work")
     assert seconds.keys() == set(Phase)
-    assert all(second > 0 for second in seconds.values())
+    assert all(second > 0 for second in [*seconds.values(), look])
+    assert len(seen[Phase.FINETUNE]) == args.turns * args.steps
+    assert seen[Phase.FINETUNE] == seen[Phase.SPARSIFY] == seen[Phase.RECOVER]
+    assert seen[Phase.FINETUNE][0] != seen[Phase.FINETUNE][args.steps]  # another turn has other rows
 
 
 def test_a_turn_needs_a_timed_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from hf_vdneuron.schedules import removal_path
 
 __all__ = ["draw_courses"]
 
+#: One per target.
 COLOURS = ("first", "second", "third")
 HEIGHT = 2.4
 
@@ -29,16 +30,23 @@ PANELS = {
 
 
 def draw_courses(rows: list[Row], folder: Path) -> None:
-    """Draw how posteriors were steered to their targets, a file per task and curve; a line is a seed.
+    """Draw how posteriors were steered, a file per task and curve that all runs have. A line is a seed.
 
     Args:
         rows: Finished runs.
         folder: Where the files go.
+
+    Raises:
+        ValueError: If a task has more targets than there are colours.
     """
     steered = [row for row in rows if row["target_speedup"] is not None and row.get("courses")]
     for task in sorted({row["task"] for row in steered}):
         runs = [row for row in steered if row["task"] == task]
-        save_drawings([_draw(name, task, runs) for name in PANELS], folder)
+        targets = sorted({row["target_speedup"] for row in runs})
+        if len(targets) > len(COLOURS):
+            raise ValueError(f"{task} has runs at {targets}: expected at most {len(COLOURS)} targets in a picture")
+        known = [name for name in PANELS if all(name in row["courses"] for row in runs)]
+        save_drawings([_draw(name, task, runs) for name in known], folder)
 
 
 def _draw(name: str, task: str, runs: list[Row]) -> Drawing:

@@ -28,6 +28,11 @@ class Run(NamedTuple):
     method: str
     target_speedup: float | None = None
 
+    @property
+    def asked(self) -> str:
+        """What was asked for, such as "2x"; nothing if nothing was."""
+        return _asked(self.target_speedup)
+
 
 class Results:
     """Finished runs in a file that processes share.
