@@ -35,6 +35,9 @@ SHORTEST_LABELLED_PHASE = 0.13
 #: Values that differ by more than this factor are drawn on a logarithmic axis.
 LOGARITHMIC_FROM = 10
 
+#: Share of the largest value below which a logarithmic axis ends: a KL weight under the brake comes down to nothing.
+LEAST_DRAWN = 1e-3
+
 
 def draw_run(report: RunReport) -> list[Drawing]:
     """Draw everything that a run has data for.
@@ -269,6 +272,7 @@ def _scale(axes: Axes, values: Sequence[float], panel: Panel) -> None:
     axes.set_axisbelow(True)
     if panel.only_positive and max(values) > LOGARITHMIC_FROM * min(values):
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min(values) / 1.1, LEAST_DRAWN * max(values)))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -276,6 +280,8 @@ def _scale(axes: Axes, values: Sequence[float], panel: Panel) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylim(min(0.0, *values), 1.04 * max(1.0, *values))
     else:
+        if panel.only_positive:  # one that stands still would be drawn in its last digits
+            axes.set_ylim(0, 1.1 * max(values))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -134,6 +134,18 @@ def test_the_kl_weight_is_drawn_where_there_is_one(drawn: dict[str, Drawing]) ->
     assert axes_of(drawn["kl_weight"]).get_yscale() == "log"
 
 
+@pytest.mark.parametrize(
+    ("values", "scale", "bottom"),
+    [([2.0, 2.0], "linear", 0.0), ([1.0, 0.02], "log", 0.02 / 1.1), ([1.0, 1e-9], "log", 1e-3)],
+    ids=["stands-still", "falls", "is-braked"],
+)
+def test_the_axis_of_the_kl_weight(values: list[float], scale: str, bottom: float) -> None:
+    training = replace(REPORT.training, curves={"kl_weight": Curve([1, 2], values)})
+    axes = axes_of(drawings(replace(REPORT, training=training))["kl_weight"])
+    assert axes.get_yscale() == scale
+    assert axes.get_ylim()[0] == pytest.approx(bottom)
+
+
 def test_scores_on_the_way_are_drawn_if_there_are_any() -> None:
     curve = Curve([100, 200], [0.5, 0.75])
     training = replace(REPORT.training, curves={**REPORT.training.curves, "eval_score": curve})
