@@ -269,5 +269,5 @@ def local_reparameterization(output_mean: Tensor, output_var: Tensor) -> Tensor:
     Returns:
         A sample, same shape and dtype as `output_mean`.
     """
-    std = output_var.clamp_min(OUTPUT_VARIANCE_FLOOR).sqrt()
+    std = (output_var + OUTPUT_VARIANCE_FLOOR).sqrt()
     return output_mean + (std * torch.randn_like(std)).to(output_mean.dtype)

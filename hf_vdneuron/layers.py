@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.functional import PriorStatistics, kl_bound, local_reparameterization, second_moment
-from hf_vdneuron.precision import at_least_float32
+from hf_vdneuron.precision import at_least_float32, with_range_of_float32
 from hf_vdneuron.priors import GroupPrior
 from hf_vdneuron.sublayers import Axis
 
@@ -127,9 +127,10 @@ class VariationalLayer(nn.Module):
                 output_mean = output_mean + 0 * self.group_scale.sum()
         if not (self.training and self.noise):
             return output_mean
-        # Squares of bfloat16 inputs lose half their digits, so the variance leaves autocast.
+        # Noise needs few digits, but squares twice the exponents.
+        dtype = with_range_of_float32(output_mean.dtype)
         with torch.autocast(inputs.device.type, enabled=False):
-            output_var = self._product(inputs.to(self.log_var.dtype).square(), self.var, None)
+            output_var = self._product(inputs.to(dtype).square(), self.var.to(dtype), None)
         return local_reparameterization(output_mean, output_var)
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Posterior and prior stay in float32 at least, whatever the model around them is cast to."""
+"""Precision of what the method adds: posterior and prior in float32 at least, variances with its range at least."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["at_least_float32"]
+__all__ = ["at_least_float32", "with_range_of_float32"]
 
 
 def at_least_float32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -37,3 +37,20 @@ def at_least_float32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
         return tensor.to(converted.device, dtype)
 
     return convert_widely
+
+
+def with_range_of_float32(dtype: torch.dtype) -> torch.dtype:
+    """Replace a dtype in which the square of an ordinary activation or posterior scale could overflow or vanish.
+
+    Args:
+        dtype: A floating-point dtype.
+
+    Returns:
+        float32 for float16 and narrower ones; any other dtype as it is.
+
+    Example:
+        >>> with_range_of_float32(torch.float16), with_range_of_float32(torch.bfloat16)
+        (torch.float32, torch.bfloat16)
+    """
+    reaches = torch.finfo(dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal
+    return dtype if reaches else torch.float32

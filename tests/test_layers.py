@@ -303,21 +303,43 @@ def test_bfloat16_weights_keep_a_float32_posterior(build: Build, shape: Shape) -
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-@class_cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_variance_leaves_autocast(
-    build: Build, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def variance_of(layer: VariationalLayer, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the outputs, as the layer computes them."""
     given: list[Tensor] = []
     monkeypatch.setattr(layers, "local_reparameterization", lambda mean, var: given.extend([mean, var]) or mean)
+    layer(inputs)
+    return given[0], given[1]
+
+
+def exact_variance(build: Build, layer: VariationalLayer, inputs: Tensor) -> Tensor:
+    """The same variance, in float64."""
+    parameters = {"weight": layer.var.double(), "bias": torch.zeros(6, dtype=torch.float64)}
+    return functional_call(build().double(), parameters, inputs.double().square())
+
+
+@class_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_variance_goes_along_with_bfloat16_autocast(
+    build: Build, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, inputs = trained(build()), torch.randn(3, *shape, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(inputs)
-    dense, (mean, var) = build().double(), given
-    parameters = {"weight": layer.var.double(), "bias": torch.zeros(6, dtype=torch.float64)}
-    exact = functional_call(dense, parameters, inputs.double().square())
-    assert (mean.dtype, var.dtype, layer.kl.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    torch.testing.assert_close(var.double(), exact, rtol=1e-5, atol=1e-6)
+        mean, var = variance_of(layer, inputs, monkeypatch)
+    assert (mean.dtype, var.dtype, layer.kl.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    # Inputs, squares, variances and the sum are rounded to 8 bits each; all terms have one sign, so none cancel.
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    torch.testing.assert_close(var.double(), exact_variance(build, layer, inputs), rtol=6 * rounding, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3], ids=["squares-vanish-in-float16", "squares-overflow-in-float16"])
+def test_variance_leaves_float16_autocast(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, inputs = trained(nn.Linear(4, 6)), size * torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        mean, var = variance_of(layer, inputs, monkeypatch)
+    assert (mean.dtype, var.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(
+        var.double(), exact_variance(lambda: nn.Linear(4, 6), layer, inputs), rtol=1e-5, atol=0
+    )
 
 
 CASTS = {
