@@ -337,9 +337,7 @@ def test_variance_leaves_float16_autocast(size: float, monkeypatch: pytest.Monke
     with torch.autocast("cpu", dtype=torch.float16):
         mean, var = variance_of(layer, inputs, monkeypatch)
     assert (mean.dtype, var.dtype) == (torch.float16, torch.float32)
-    torch.testing.assert_close(
-        var.double(), exact_variance(lambda: nn.Linear(4, 6), layer, inputs), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(var.double(), exact_variance(lambda: nn.Linear(4, 6), layer, inputs), rtol=1e-5, atol=0)
 
 
 CASTS = {
