@@ -4,9 +4,9 @@
     python scripts/benchmark.py --model_name_or_path M --dataset_dir DIR
 
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
-on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. How many heads and neurons
-stay is decided by `vd`, by the dropout-rate rule or for each of the speed-ups of `--target_speedups`; the baselines
-keep as many of their own choice.
+on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. With `--target_speedups`
+each method keeps what the speed-up affords; without, `vd` decides by the dropout-rate rule, and the baselines keep as
+many heads and neurons of their own choice.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -23,19 +23,21 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from benchmarks.baselines import SCORERS, keep_best
+from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Row, Run, latency_table, score_table
 from transformers import PreTrainedModel, set_seed
 
-from hf_vdneuron.budget import body_cost, cost_ratio, units_left
+from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
 from hf_vdneuron.structure import dense_twin
 from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.targets import speedup_budget
 
 
 OURS = "vd"
@@ -113,13 +115,10 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     Args:
         cell: Task and seed.
         run: The run.
-        results: Finished runs; for a baseline, ours must be among them.
+        results: Finished runs.
 
     Returns:
         The model, smaller; the optimizer steps that are left of the budget; and how the posterior was trained, if any.
-
-    Raises:
-        ValueError: If ours is missing.
     """
     model = cell.dense()
     if run.method == DENSE:
@@ -127,14 +126,35 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     if run.method == OURS:
         model, courses = cell.sparsify(model, run.target_speedup)
         return model, cell.settings.recover_steps, courses
+    prune_model_(model, choose(cell, run, model, results))
+    return model, cell.settings.budget, {}
+
+
+def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> RelevanceMask:
+    """Let a baseline choose what to keep.
+
+    Args:
+        cell: Task and seed.
+        run: The run.
+        model: The dense checkpoint.
+        results: Finished runs; without a target, ours must be among them.
+
+    Returns:
+        What it keeps: what the target affords or, without one, as many units as ours.
+
+    Raises:
+        ValueError: If ours is missing.
+    """
+    scores = SCORERS[run.method](model, cell.batches(model), torch.Generator().manual_seed(run.seed))
+    if run.target_speedup is not None:
+        costs = Costs(model, length=cell.settings.max_length)
+        return keep_affordable(model, scores, speedup_budget(costs, run.target_speedup))
     ours = results.find(run._replace(method=OURS))
     if ours is None:
-        where = f"{run.task}, seed {run.seed}" + (f", at {run.asked}" if run.asked else "")
-        raise ValueError(f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {where} first")
-    counts = {unit: ours[f"{unit}s"] for unit in Unit}
-    mask = keep_best(model, SCORERS[run.method], counts, seed=run.seed)
-    prune_model_(model, mask)
-    return model, cell.settings.budget, {}
+        raise ValueError(
+            f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task}, seed {run.seed} first"
+        )
+    return keep_best(model, scores, {unit: ours[f"{unit}s"] for unit in Unit})
 
 
 def finish(cell: Cell, run: Run, results: Results) -> Row:

@@ -1,6 +1,7 @@
 """`scripts/benchmark.py` and `benchmarks/`: equal counts and budgets, rows that add up, work that is shared."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import run_glue
 import torch
 from benchmarks import cell, measurements
-from benchmarks.baselines import SCORERS, keep_best
+from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Run, latency_table, score_table
 from glue_samples import write_sst2
@@ -17,7 +18,9 @@ from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.budget import Costs
 from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.targets import speedup_budget
 
 
 Finished = tuple[Path, list[dict[str, Any]]]
@@ -118,8 +121,9 @@ def test_magnitude_keeps_the_largest() -> None:
     expected = torch.stack([
         sum(x**2 for x in model[0].weight[unit]) + sum(x**2 for x in model[2].weight[:, unit]) for unit in range(4)
     ])
-    torch.testing.assert_close(SCORERS["magnitude"](model, sublayer, torch.Generator()), expected)
-    mask = keep_best(model, SCORERS["magnitude"], {Unit.NEURON: 2}, seed=0)
+    scores = SCORERS["magnitude"](model, [], torch.Generator())
+    torch.testing.assert_close(scores[sublayer.path], expected)
+    mask = keep_best(model, scores, {Unit.NEURON: 2})
     assert set(mask.kept_units(sublayer).tolist()) == set(expected.topk(2).indices.tolist())
 
 
@@ -133,8 +137,8 @@ def test_the_magnitude_of_a_head_has_its_queries_and_keys() -> None:
         for h in range(0, HEADS * HEAD_SIZE, HEAD_SIZE)
     ]
     expected = torch.stack([sum(weight.square().sum() for weight in block) for block in blocks])
-    scores = SCORERS["magnitude"](model, find_sublayers(model)[0], torch.Generator())
-    torch.testing.assert_close(scores, expected.float())
+    scores = SCORERS["magnitude"](model, [], torch.Generator())
+    torch.testing.assert_close(scores[find_sublayers(model)[0].path], expected.float())
 
 
 @torch.no_grad()
@@ -142,18 +146,28 @@ def test_units_compete_across_layers() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model[4].weight.mul_(100)
     sublayers = find_sublayers(model)
-    mask = keep_best(model, SCORERS["magnitude"], {Unit.NEURON: 4}, seed=0)
+    mask = keep_best(model, SCORERS["magnitude"](model, [], torch.Generator()), {Unit.NEURON: 4})
     assert [len(mask.kept_units(sublayer)) for sublayer in sublayers] == [0, 4]
 
 
 def test_random_follows_its_seed() -> None:
     model = nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 2))
     (sublayer,) = find_sublayers(model)
-    kept = [
-        keep_best(model, SCORERS["random"], {Unit.NEURON: 10}, seed=seed).kept_units(sublayer).tolist()
-        for seed in (0, 0, 1)
-    ]
+    drawn = [SCORERS["random"](model, [], torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    kept = [keep_best(model, scores, {Unit.NEURON: 10}).kept_units(sublayer).tolist() for scores in drawn]
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_random_is_fair_to_heads() -> None:
+    model = tiny_model("bert")
+    costs = Costs(model, length=1)
+    left: Counter[Unit] = Counter()
+    for seed in range(50):
+        scores = SCORERS["random"](model, [], torch.Generator().manual_seed(seed))
+        mask = keep_affordable(model, scores, speedup_budget(costs, 2.0))
+        for sublayer in costs.sublayers:
+            left[sublayer.unit] += len(mask.kept_units(sublayer)) / sublayer.num_units
+    assert left[Unit.HEAD] == pytest.approx(left[Unit.NEURON], rel=0.25)
 
 
 def row(method: str, seed: int, score: float, weights: int) -> dict[str, Any]:

@@ -1,91 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to choose what to keep, for `benchmark.py`: each gets a number of heads and neurons and returns a mask.
+"""Other ways to choose what to keep, for `benchmark.py`: each scores the heads and neurons of a dense model.
 
-They know the model as the method does, as coupled slices, so that only the choice differs.
+They know the model as the method does, as coupled slices, and spend the same budget, so that only the choice differs.
+
+References:
+    Michel et al., "Are Sixteen Heads Really Better than One?", 2019, https://arxiv.org/abs/1905.10650
+
+    Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022, https://arxiv.org/abs/2204.09656
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gates import gate_gradients
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.budget import Budget, keep_within
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Sublayer, Unit
+from hf_vdneuron.sublayers import Slice, Sublayer, Unit
 
 
-__all__ = ["SCORERS", "keep_best"]
+__all__ = ["SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best"]
 
-#: Scores every unit of a sub-layer, shape `(num_units,)`; the larger, the more worth keeping.
-Scorer = Callable[[nn.Module, Sublayer, torch.Generator], Tensor]
+#: Keyword arguments of a forward, batch by batch.
+Batches = Iterable[Mapping[str, Any]]
+
+#: Path of a sub-layer -> scores of its units, shape `(num_units,)`; the larger, the more worth keeping.
+Scores = Mapping[str, Tensor]
+
+#: Scores every unit of a dense model, by its weights, by batches of training rows, or by chance.
+Scorer = Callable[[nn.Module, Batches, torch.Generator], Scores]
 
 
-def magnitude(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
+def magnitude(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
     """Score a unit by the squared norm of all its weights, those of queries and keys too.
 
     By values and outputs alone, the first two layers of MiniLM would keep no head, and chance would do better.
 
     Args:
         model: A dense model.
-        sublayer: One of its sub-layers.
+        batches: Not used.
         generator: Not used.
 
     Returns:
-        Scores, shape `(num_units,)`.
+        The scores.
     """
-    scores = torch.zeros(sublayer.num_units)
-    units = torch.arange(sublayer.num_units)
-    for part in sublayer.matrices:
-        layer = dense_layer(model, part.module)
-        by_feature = (
-            layer.weight.detach().float().square().movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1)
-        )
-        scores += by_feature.cpu()[part.features(units)].sum(1)
-    return scores
+    return {
+        sublayer.path: torch.stack([
+            _squared_norms(model, part, sublayer.num_units) for part in sublayer.matrices
+        ]).sum(0)
+        for sublayer in find_sublayers(model)
+    }
 
 
-def at_random(model: nn.Module, sublayer: Sublayer, generator: torch.Generator) -> Tensor:
+def _squared_norms(model: nn.Module, part: Slice, num_units: int) -> Tensor:
+    layer = dense_layer(model, part.module)
+    by_feature = layer.weight.detach().float().square().movedim(feature_axis(layer, part.axis), 0).flatten(1).sum(1)
+    return by_feature.cpu()[part.features(torch.arange(num_units))].sum(1)
+
+
+def at_random(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
     """Score units by chance: what every method has to beat.
 
-    Args:
-        model: Not used.
-        sublayer: A sub-layer.
-        generator: Source of the chance.
-
-    Returns:
-        Scores, shape `(num_units,)`.
-    """
-    return torch.rand(sublayer.num_units, generator=generator)
-
-
-#: Name of a baseline -> how it scores units.
-SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "random": at_random}
-
-
-def keep_best(model: nn.Module, scorer: Scorer, counts: Mapping[Unit, int], *, seed: int) -> RelevanceMask:
-    """Keep the best heads and the best neurons of a whole model, and end the others on both sides.
-
-    Where in the model they lie is the scorer's choice too: told the counts of each layer, magnitude would be no better
-    than chance. Ended on both sides, a unit leaves no constant behind.
+    Scores are drawn per weight, so that heads are no worse off than neurons where scores are set against costs.
 
     Args:
         model: A dense model.
-        scorer: How units are scored.
-        counts: Number of units of each kind to keep.
-        seed: Seed of whatever the scorer leaves to chance.
+        batches: Not used.
+        generator: Source of the chance.
+
+    Returns:
+        The scores.
+    """
+    return {
+        sublayer.path: _weights_of_a_unit(model, sublayer) * torch.rand(sublayer.num_units, generator=generator)
+        for sublayer in find_sublayers(model)
+    }
+
+
+def _weights_of_a_unit(model: nn.Module, sublayer: Sublayer) -> int:
+    parts = [(dense_layer(model, part.module), part) for part in sublayer.matrices]
+    return sum(
+        part.size * layer.weight.numel() // layer.weight.shape[feature_axis(layer, part.axis)] for layer, part in parts
+    )
+
+
+def taylor(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
+    r"""Score a unit by how much the loss of an example depends on its gate.
+
+    Args:
+        model: A dense model.
+        batches: Training rows.
+        generator: Not used.
+
+    Returns:
+        :math:`\mathbb E_i |\partial L_i / \partial m_u|` (Michel 2019, eq. 2).
+    """
+    return {path: gradients.abs().mean(0) for path, gradients in gate_gradients(model, batches).items()}
+
+
+def fisher(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
+    r"""Score a unit by the diagonal of the empirical Fisher information of the gates.
+
+    Args:
+        model: A dense model.
+        batches: Training rows.
+        generator: Not used.
+
+    Returns:
+        :math:`\mathbb E_i (\partial L_i / \partial m_u)^2` (Kwon 2022, eq. 7).
+    """
+    return {path: gradients.square().mean(0) for path, gradients in gate_gradients(model, batches).items()}
+
+
+#: Name of a baseline -> how it scores units.
+SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "taylor": taylor, "fisher": fisher, "random": at_random}
+
+
+def keep_affordable(model: nn.Module, scores: Scores, budget: Budget) -> RelevanceMask:
+    """Keep the best units that a budget allows, by their scores per cost, and end the others on both sides.
+
+    Ended on both sides, a unit leaves no constant behind.
+
+    Args:
+        model: A dense model.
+        scores: What its units are worth.
+        budget: What may be kept.
 
     Returns:
         The mask.
     """
-    generator = torch.Generator().manual_seed(seed)
     sublayers = find_sublayers(model)
-    scores = {sublayer.path: scorer(model, sublayer, generator) for sublayer in sublayers}
+    # Both sides of a unit are worth the same, so that both end with it.
+    worth = {part.path: scores[part.path].expand(len(part.sides), -1) for part in sublayers}
+    return keep_within(sublayers, worth, budget)
+
+
+def keep_best(model: nn.Module, scores: Scores, counts: Mapping[Unit, int]) -> RelevanceMask:
+    """Keep a number of heads and of neurons, the best of the whole model, and end the others on both sides.
+
+    Where in the model they lie is the scorer's choice too: told the counts of each layer, magnitude would be no better
+    than chance.
+
+    Args:
+        model: A dense model.
+        scores: What its units are worth.
+        counts: Number of units of each kind to keep.
+
+    Returns:
+        The mask.
+    """
+    sublayers = find_sublayers(model)
     keep: dict[str, Tensor] = {}
     for unit, count in counts.items():
-        paths = [sublayer.path for sublayer in sublayers if sublayer.unit is unit]
-        everywhere = torch.cat([scores[path] for path in paths])
+        parts = [part for part in sublayers if part.unit is unit]
+        everywhere = torch.cat([scores[part.path] for part in parts])
         kept = torch.zeros_like(everywhere, dtype=torch.bool).index_fill_(0, everywhere.topk(count).indices, True)
-        keep |= dict(zip(paths, kept.split([len(scores[path]) for path in paths]), strict=True))
-    num_sides = {sublayer.path: len(sublayer.sides) for sublayer in sublayers}
-    return RelevanceMask({path: kept.expand(num_sides[path], -1) for path, kept in keep.items()})
+        by_part = zip(parts, kept.split([part.num_units for part in parts]), strict=True)
+        keep |= {part.path: own.expand(len(part.sides), -1) for part, own in by_part}
+    return RelevanceMask(keep)

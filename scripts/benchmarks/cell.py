@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One task and one seed: what all methods share, from the data over the dense checkpoint to the trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_vdneuron.evaluation import encode, evaluate_glue
@@ -28,6 +30,9 @@ DENSE = "dense"
 
 TRAIN_BATCH_SIZE, EVAL_BATCH_SIZE = 32, 64
 WARMUP_SHARE = 0.1
+#: Training rows that a score looks at (Kwon 2022, section 5.1).
+SCORING_ROWS = 2048
+
 #: So that a course of 400 steps has 40 points.
 LOGGING_STEPS = 10
 
@@ -141,6 +146,21 @@ class Cell:
             The same model.
         """
         return self.train(model, Phase.RECOVER, steps, teacher=self.dense()).prune()
+
+    def batches(self, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+        """Read training rows for a method that scores a model before it trains it.
+
+        Args:
+            model: The model, whose numbering of the classes the labels follow.
+
+        Yields:
+            Keyword arguments of its forward.
+        """
+        rows = take(self.rows["train"], SCORING_ROWS, seed=self.seed)
+        encoded = encode(rows, self.task, self.tokenizer, model.config, max_length=self.settings.max_length)
+        collator = DataCollatorWithPadding(self.tokenizer)
+        for batch in DataLoader(encoded, batch_size=TRAIN_BATCH_SIZE, collate_fn=collator):
+            yield {name: values.to(self.device) for name, values in batch.items()}
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """Score a model on the official validation sets, in fp32.

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A gate on every head and neuron: a number that multiplies what it emits.
+
+What a loss says about its gate is what it says about a unit. Baselines that score by gradients, and those that learn
+gates, put them here.
+
+References:
+    Michel et al., "Are Sixteen Heads Really Better than One?", 2019, https://arxiv.org/abs/1905.10650
+"""
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.layers import DenseLayer, dense_layer
+from hf_vdneuron.sublayers import Slice, Sublayer
+
+
+__all__ = ["gate_gradients", "gated"]
+
+
+@contextmanager
+def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Generator[None]:
+    """Let gates multiply what units emit, for as long as the context lasts.
+
+    Args:
+        model: A dense or patched model.
+        gates: Path of each sub-layer -> gates of its units, shape `(num_units,)`, or `(batch_size, num_units)` for a
+            gate per example.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as hooks:
+        for sublayer in find_sublayers(model):
+            if sublayer.path in gates:
+                for part in sublayer.sides[-1].slices:
+                    reader = dense_layer(model, part.module)
+                    hook = partial(_apply_gates, part=part, sublayer=sublayer, gates=gates[sublayer.path])
+                    hooks.callback(reader.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _apply_gates(
+    reader: DenseLayer, inputs: tuple[Tensor, ...], *, part: Slice, sublayer: Sublayer, gates: Tensor
+) -> tuple[Tensor]:
+    (signal,) = inputs
+    axis = 1 if isinstance(reader, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
+    unit_of = _unit_of_feature(part, sublayer.num_units, signal.shape[axis]).to(gates.device)
+    # Features of other units, if a matrix is shared, have a gate of 1.
+    per_feature = nn.functional.pad(gates, (0, 1), value=1.0)[..., unit_of]
+    shape = [1] * signal.ndim
+    shape[axis] = -1
+    if gates.ndim > 1:
+        shape[0] = len(gates)
+    return (signal * per_feature.view(shape).to(signal.dtype),)
+
+
+def _unit_of_feature(part: Slice, num_units: int, num_features: int) -> Tensor:
+    """Tell which unit owns each feature; `num_units` stands for none."""
+    features = part.features(torch.arange(num_units))
+    owner = torch.full((num_features,), num_units)
+    owner[features.flatten()] = torch.arange(num_units).repeat_interleave(features.shape[1])
+    return owner
+
+
+def gate_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    r"""Differentiate the loss of each example by the gates of an intact model.
+
+    One backward pass gives the gradients of a whole batch, as each example has gates of its own.
+
+    Args:
+        model: A dense model whose forward returns the mean `loss` of its batch; put into evaluation mode.
+        batches: Keyword arguments of its forward, tensors with the batch along their first axis.
+
+    Returns:
+        Path of each sub-layer -> :math:`\partial L_i / \partial m_u` for example :math:`i` and unit :math:`u`, shape
+        `(num_examples, num_units)`.
+    """
+    model.eval()
+    sublayers = find_sublayers(model)
+    rows: dict[str, list[Tensor]] = {sublayer.path: [] for sublayer in sublayers}
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        device = next(model.parameters()).device
+        gates = {part.path: torch.ones(size, part.num_units, device=device, requires_grad=True) for part in sublayers}
+        with gated(model, gates):
+            loss = model(**batch).loss
+        # The loss is a mean, and that of one example depends on its own gates only.
+        gradients = torch.autograd.grad(size * loss, list(gates.values()))
+        for path, gradient in zip(gates, gradients, strict=True):
+            rows[path].append(gradient.cpu())
+    return {path: torch.cat(parts) for path, parts in rows.items()}
