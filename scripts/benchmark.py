@@ -25,6 +25,7 @@ from statistics import fmean
 import torch
 from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
+from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Row, Run, latency_table, score_table
@@ -41,8 +42,8 @@ from hf_vdneuron.targets import speedup_budget
 
 
 OURS = "vd"
-#: In the order in which they run: the baselines need the counts of ours.
-METHODS = (DENSE, OURS, *SCORERS)
+#: In the order in which they run: without a target, scorers need the counts of ours.
+METHODS = (DENSE, OURS, *SCORERS, *LEARNED_GATES)
 
 
 @dataclass
@@ -60,7 +61,10 @@ class BenchmarkArguments:
     )
     tasks: list[str] = field(default_factory=lambda: ["sst2", "mrpc"], metadata={"help": "GLUE tasks."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Methods; {' and '.join(LEARNED_GATES)} need a target."},
+    )
     target_speedups: list[float] = field(
         default_factory=list, metadata={"help": "Speed-ups to ask for; by default the dropout-rate rule decides."}
     )
@@ -106,6 +110,8 @@ class BenchmarkArguments:
         for seed, task in product(self.seeds, self.tasks):
             runs = [Run(task, seed, DENSE)] if DENSE in methods else []
             runs += [Run(task, seed, method, target) for target in targets for method in methods if method != DENSE]
+            # Gates that learn do so for a target.
+            runs = [run for run in runs if run.target_speedup is not None or run.method not in LEARNED_GATES]
             yield from (run for run in runs if results.find(run) is None)
 
 
@@ -126,6 +132,11 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     if run.method == OURS:
         model, courses = cell.sparsify(model, run.target_speedup)
         return model, cell.settings.recover_steps, courses
+    if run.method in LEARNED_GATES and run.target_speedup is not None:
+        costs = Costs(model, length=cell.settings.max_length)
+        gates = LEARNED_GATES[run.method](model, speedup_budget(costs, run.target_speedup))
+        prune_model_(model, cell.learn(model, gates))
+        return model, cell.settings.recover_steps, {}
     prune_model_(model, choose(cell, run, model, results))
     return model, cell.settings.budget, {}
 

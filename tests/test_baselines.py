@@ -1,14 +1,21 @@
 """The baselines' gates on units, against masks and finite differences, and the scores that are made from them."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import pytest
 import torch
 from benchmarks.baselines import SCORERS
 from benchmarks.gates import gate_gradients, gated
+from benchmarks.learned_gates import LEARNED_GATES, HardConcreteGates, LearnedGates, MovementGates
 from models import FAMILIES, batch, outputs, tiny_model
 from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.budget import Costs, cost_ratio
 from hf_vdneuron.masks import RelevanceMask, mask_model_
+from hf_vdneuron.targets import speedup_budget
 
 
 STEP = 1e-6
@@ -87,3 +94,95 @@ def test_scores_average_over_examples(name: str, score: object) -> None:
     assert scores.keys() == gradients.keys()
     for path, slopes in gradients.items():
         torch.testing.assert_close(scores[path], score(slopes))
+
+
+# Gates that learn
+
+
+@dataclass
+class At:
+    """What a callback looks at."""
+
+    global_step: int
+    max_steps: int
+
+
+def learn_(gates: LearnedGates, pull: Mapping[str, Tensor], num_steps: int) -> None:
+    """Run gates as a trainer would, under a loss that is linear in them."""
+    gates.on_train_begin(None, At(0, num_steps), None)
+    for step in range(num_steps):
+        gates.on_step_begin(None, At(step, num_steps), None)
+        sum((gates.values[path] * slope).sum() for path, slope in pull.items()).backward()
+        gates.on_pre_optimizer_step(None, At(step, num_steps), None)
+
+
+@pytest.mark.parametrize("name", LEARNED_GATES)
+@pytest.mark.parametrize("target", [1.5, 3.0], ids="{}x".format)
+def test_gates_keep_what_the_loss_needs_and_meet_the_target(name: str, target: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
+    (sublayer,) = find_sublayers(model)
+    costs = Costs(model, length=1)
+    gates = LEARNED_GATES[name](model, speedup_budget(costs, target))
+    # The loss falls as gates of even units open, the more the higher their number.
+    pull = torch.where(torch.arange(40) % 2 == 0, -torch.linspace(0.5, 1, 40), 0.0)
+    learn_(gates, {sublayer.path: pull}, 200)
+    kept = gates.choose_().kept_units(sublayer)
+    assert cost_ratio(costs.macs({}), costs.macs({sublayer.path: len(kept)})) >= target
+    even = set(range(0, 40, 2))
+    assert set(kept.tolist()) <= even if len(kept) <= len(even) else even <= set(kept.tolist())
+
+
+def test_hard_concrete_gates_obey_the_constraint_in_expectation() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("bert", dtype=torch.float32)
+    costs = Costs(model, length=6)
+    gates = HardConcreteGates(model, speedup_budget(costs, 2.0))
+    learn_(gates, {path: torch.zeros_like(logits) for path, logits in gates.logits.items()}, 300)
+    expected = {
+        path: torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1)).sum() for path, logits in gates.logits.items()
+    }
+    assert costs.macs({}) / costs.macs(expected).item() == pytest.approx(2, rel=0.05)
+
+
+def test_chance_and_samples_of_hard_concrete_gates_agree() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    (sublayer,) = find_sublayers(model)
+    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=1), 2.0))
+    logits = torch.tensor([-3.0, -1.0, 0.0, 2.0])
+    gates.logits[sublayer.path] = logits
+    draws = 20_000
+    opened = torch.zeros(4)
+    for _ in range(draws):
+        gates.set_(0)
+        opened += gates.values[sublayer.path] > 0
+    chance = torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1))
+    assert ((opened / draws - chance).abs() < 5 * (chance * (1 - chance) / draws).sqrt()).all()
+
+
+@torch.no_grad()
+def test_hard_concrete_gates_are_folded_into_the_readers() -> None:
+    model = tiny_model("bert")
+    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=6), 1.2))
+    for logits in gates.logits.values():
+        logits.uniform_(-2, 2)
+    values = {path: (1.2 * torch.sigmoid(logits).double() - 0.1).clamp(0, 1) for path, logits in gates.logits.items()}
+    with gated(model, values):
+        behind_gates = outputs(model, batch())
+    gates.choose_()
+    torch.testing.assert_close(outputs(model, batch()), behind_gates, rtol=1e-6, atol=1e-6)
+
+
+def test_closed_gates_of_movement_can_open_again() -> None:
+    model = nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2))
+    (sublayer,) = find_sublayers(model)
+    gates = MovementGates(model, speedup_budget(Costs(model, length=1), 2.0))
+    gates.on_train_begin(None, At(0, 10), None)
+    gates.scores[sublayer.path] = torch.arange(10.0)
+    gates.set_(9)
+    assert gates.values[sublayer.path][0] == 0
+    (-100 * gates.values[sublayer.path][0]).backward()
+    gates.learn_(9)
+    gates.set_(9)
+    assert gates.values[sublayer.path][0] == 1

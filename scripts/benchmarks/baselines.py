@@ -23,7 +23,7 @@ from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Slice, Sublayer, Unit
 
 
-__all__ = ["SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best"]
+__all__ = ["SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best", "per_unit"]
 
 #: Keyword arguments of a forward, batch by batch.
 Batches = Iterable[Mapping[str, Any]]
@@ -65,8 +65,6 @@ def _squared_norms(model: nn.Module, part: Slice, num_units: int) -> Tensor:
 def at_random(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
     """Score units by chance: what every method has to beat.
 
-    Scores are drawn per weight, so that heads are no worse off than neurons where scores are set against costs.
-
     Args:
         model: A dense model.
         batches: Not used.
@@ -75,10 +73,24 @@ def at_random(model: nn.Module, batches: Batches, generator: torch.Generator) ->
     Returns:
         The scores.
     """
-    return {
-        sublayer.path: _weights_of_a_unit(model, sublayer) * torch.rand(sublayer.num_units, generator=generator)
-        for sublayer in find_sublayers(model)
+    chances = {
+        sublayer.path: torch.rand(sublayer.num_units, generator=generator) for sublayer in find_sublayers(model)
     }
+    return per_unit(model, chances)
+
+
+def per_unit(model: nn.Module, scores: Scores) -> Scores:
+    """Make scores that say what a unit is worth, whatever it costs, comparable to those that grow with its weights.
+
+    Args:
+        model: A dense model.
+        scores: The scores.
+
+    Returns:
+        The scores, times the number of weights of a unit.
+    """
+    sublayers = {sublayer.path: sublayer for sublayer in find_sublayers(model)}
+    return {path: _weights_of_a_unit(model, sublayers[path]) * values for path, values in scores.items()}
 
 
 def _weights_of_a_unit(model: nn.Module, sublayer: Sublayer) -> int:

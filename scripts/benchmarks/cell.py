@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
 
+from benchmarks.gates import gated
+from benchmarks.learned_gates import LearnedGates
 from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
 from hf_vdneuron.history import report_training
 from hf_vdneuron.loading import load_model, load_tokenizer
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase
 from hf_vdneuron.trainer import VDTrainer
@@ -134,6 +137,21 @@ class Cell:
         trainer = self.train(model, Phase.SPARSIFY, steps, teacher=self.dense(), target_speedup=target_speedup)
         curves = report_training(trainer.state.log_history, trainer.plan).curves
         return trainer.prune(), {name: asdict(curves[name]) for name in COURSES if name in curves}
+
+    def learn(self, model: PreTrainedModel, gates: LearnedGates) -> RelevanceMask:
+        """Train a model behind gates that learn what to keep.
+
+        Args:
+            model: The dense model.
+            gates: Its gates.
+
+        Returns:
+            What they keep.
+        """
+        with gated(model, gates.values):
+            steps = self.settings.sparsify_steps
+            self.train(model, Phase.RECOVER, steps, teacher=self.dense(), callbacks=[gates]).prune()
+        return gates.choose_()
 
     def recover(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
         """Train what is left, with the dense checkpoint as the teacher.

@@ -30,34 +30,35 @@ def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Generator[None]:
 
     Args:
         model: A dense or patched model.
-        gates: Path of each sub-layer -> gates of its units, shape `(num_units,)`, or `(batch_size, num_units)` for a
-            gate per example.
+        gates: Path of a sub-layer -> gates of its units, shape `(num_units,)`, or `(batch_size, num_units)` for a
+            gate per example. Looked up in every forward, so that they may change between two.
 
     Yields:
         Nothing.
     """
     with ExitStack() as hooks:
         for sublayer in find_sublayers(model):
-            if sublayer.path in gates:
-                for part in sublayer.sides[-1].slices:
-                    reader = dense_layer(model, part.module)
-                    hook = partial(_apply_gates, part=part, sublayer=sublayer, gates=gates[sublayer.path])
-                    hooks.callback(reader.register_forward_pre_hook(hook).remove)
+            for part in sublayer.sides[-1].slices:
+                hook = partial(_apply_gates, part=part, sublayer=sublayer, gates=gates)
+                hooks.callback(dense_layer(model, part.module).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _apply_gates(
-    reader: DenseLayer, inputs: tuple[Tensor, ...], *, part: Slice, sublayer: Sublayer, gates: Tensor
-) -> tuple[Tensor]:
+    reader: DenseLayer, inputs: tuple[Tensor, ...], *, part: Slice, sublayer: Sublayer, gates: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    own = gates.get(sublayer.path)
+    if own is None:
+        return inputs
     (signal,) = inputs
     axis = 1 if isinstance(reader, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
-    unit_of = _unit_of_feature(part, sublayer.num_units, signal.shape[axis]).to(gates.device)
-    # Features of other units, if a matrix is shared, have a gate of 1.
-    per_feature = nn.functional.pad(gates, (0, 1), value=1.0)[..., unit_of]
+    owner = _unit_of_feature(part, sublayer.num_units, signal.shape[axis]).to(own.device)
+    # Features of no unit have a gate of 1.
+    per_feature = nn.functional.pad(own, (0, 1), value=1.0)[..., owner]
     shape = [1] * signal.ndim
     shape[axis] = -1
-    if gates.ndim > 1:
-        shape[0] = len(gates)
+    if own.ndim > 1:
+        shape[0] = len(own)
     return (signal * per_feature.view(shape).to(signal.dtype),)
 
 
