@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every script does around its job: flags, one-line errors, checks before long work, whole files, tables."""
 
+import argparse
 import json
 import os
 import shlex
@@ -47,6 +48,10 @@ MAX_ERROR_WIDTH = 1000
 SECRET_SUFFIX = "hub_token"
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of a description as they are."""
+
+
 class _Parser(HfArgumentParser):
     """Reports a wrong flag in one line; the usage of a Trainer's 150 flags would fill pages."""
 
@@ -67,7 +72,13 @@ def parse_args(argument_types: Sequence[Any], argv: Sequence[str], *, descriptio
         one line and exit code 2.
     """
     epilog = f"Set {DEBUG_VARIABLE}=1 to see the traceback of an error."
-    parser = _Parser(argument_types, description=description, epilog=epilog, allow_abbrev=False)
+    parser = _Parser(
+        argument_types,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -151,6 +162,8 @@ def _check_writable(output_dir: str | Path, existing: Path) -> None:
     try:
         if not str(output_dir):
             raise FileNotFoundError("it is empty")
+        if existing.is_file():
+            raise NotADirectoryError(f"`{existing.name}` is a file")
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise OSError(f"`output_dir` {str(output_dir)!r} is not writable: choose another folder ({error})") from error

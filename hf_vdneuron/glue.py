@@ -11,6 +11,7 @@ References:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -138,9 +139,11 @@ def glue_task(name: str, dataset_dir: str | Path | None = None) -> GlueTask:
         return replace(official, name=name)
     path = Path(dataset_dir or "") / name / "validation.parquet"
     if dataset_dir is None or not path.is_file():
+        near = get_close_matches(name, GLUE_TASKS, n=1)
         raise ValueError(
-            f"`task_name` is {name!r}, expected one of {', '.join(GLUE_TASKS)}, or one of these plus `_...`, or the "
-            "name of a folder in `dataset_dir` with train.parquet and validation.parquet"
+            f"`task_name` is {name!r}, expected one of {', '.join(GLUE_TASKS)}, or one of these plus `_` and more, or "
+            "the name of a folder in `dataset_dir` with train.parquet and validation.parquet"
+            f"{f'. Did you mean {near[0]}?' if near else ''}"
         )
     return _own_task(name, path)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the second, of whichever HTTP library it uses
     HfHubHTTPError,
     HTTPError,
@@ -73,8 +73,8 @@ _VARIATIONAL_SUFFIX = ".log_var"
 #: Line of a card's metadata that holds the name that its text loads the model by.
 _CARD_NAME_LINE = re.compile(r"(?m)^(model-index:\n- name: )(.*)$")
 
-#: Answers of the Hub to a token that is missing, wrong or not allowed to write.
-_REFUSALS = frozenset({401, 403})
+#: Answers of the Hub to a token that is missing or wrong, and to one that may not write there.
+_UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 #: Part of the address that the client asks for leave to use Xet storage, which it prefers wherever it can.
 _XET_PATH = "/xet-write-token/"
@@ -92,9 +92,9 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a saved model with its tokenizer, card and report, in one commit: a failing upload changes no file there.
 
-    Only what `uploadable_files` lists goes up. The uploaded card names the repository; the one in the folder keeps
-    its name. Weights of an earlier upload that are not overwritten are removed in the same commit, as transformers
-    could load them instead.
+    Only what `uploadable_files` lists goes up. The uploaded card and page name the repository; those in the folder
+    keep its name. A repository that is not there yet is made first, and stays if the upload fails. Weights of an
+    earlier upload that are not overwritten are removed in the same commit, as transformers could load them instead.
 
     Args:
         folder: Where the model was saved.
@@ -117,7 +117,7 @@ def push_folder(
     if not allow_patched:
         _require_pruned(files)
     api = HfApi(library_name="hf_vdneuron")
-    with _explained_errors(api, repo_id):
+    with _explained_errors(api, repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
         info = api.model_info(repo_id, revision=revision, token=token)
         if private and not info.private:
@@ -127,7 +127,7 @@ def push_folder(
             )
         remote = {file.rfilename for file in info.siblings or []}
         stale = sorted(name for name in remote - files.keys() if _matches(name, _DEFAULT_WEIGHT_PATTERNS))
-        contents = {name: _content(name, path, repo_id) for name, path in files.items()}
+        contents = {name: _content(name, path, _name_in_card(files), repo_id) for name, path in files.items()}
         return api.create_commit(
             repo_id,
             [
@@ -196,8 +196,8 @@ def _require_complete(root: Path, files: Mapping[str, Path]) -> None:
     lacks += sorted(_named_files(files) - files.keys())
     if lacks:
         raise ValueError(
-            f"`{root}` has no {', no '.join(lacks)}: expected a whole model, as `save_pretrained` writes it. Save it "
-            "again, or name the folder that holds it."
+            f"`{root}` has no {' and no '.join(lacks)}: expected a whole model, as `save_pretrained` writes it. Save "
+            "it again, or name the folder that holds it."
         )
 
 
@@ -251,30 +251,38 @@ def _require_pruned(files: Mapping[str, Path]) -> None:
         if any(name.endswith(_VARIATIONAL_SUFFIX) for name in names):
             raise ValueError(
                 f"`{path}` holds a model that is not pruned yet, with log-variances of its weights: expected a pruned "
-                "one. Call `trainer.prune()` and save it, or push it with `trainer.push_to_hub()` as it is."
+                "one. Call `trainer.prune()` and save it, or set `allow_patched` to push it as it is."
             )
 
 
-def _content(name: str, path: Path, repo_id: str) -> bytes | Path:
-    """Give what is uploaded for a file: the card of the folder speaks of the folder, that of a repository of it."""
-    if name != CARD_NAME:
+def _content(name: str, path: Path, old: str | None, repo_id: str) -> bytes | Path:
+    """Give what is uploaded for a file: what speaks of the folder here speaks of the repository there."""
+    if name not in {CARD_NAME, PAGE_NAME} or old is None:
         return path
-    text = path.read_text(encoding="utf-8")
-    found = _CARD_NAME_LINE.search(text)
-    if found is not None:
-        text = _CARD_NAME_LINE.sub(lambda line: line[1] + repo_id, text, count=1)
-        old = found[2].strip("'\"")  # YAML quotes names that look like numbers
-        text = text.replace(f'from_pretrained("{old}"', f'from_pretrained("{repo_id}"')
-    return text.encode()
+    text = _CARD_NAME_LINE.sub(lambda line: line[1] + repo_id, path.read_text(encoding="utf-8"), count=1)
+    return _renamed(text, old, repo_id).encode()
+
+
+def _name_in_card(files: Mapping[str, Path]) -> str | None:
+    """Read what the card of a folder calls its model."""
+    found = _CARD_NAME_LINE.search(_read(files[CARD_NAME])) if CARD_NAME in files else None
+    return None if found is None else found[2].strip("'\"")  # YAML quotes names that look like numbers
+
+
+def _renamed(text: str, old: str, new: str) -> str:
+    """Let the lines that load a model, in a card or on a page, load it from elsewhere."""
+    for quote in ('"', "&#34;"):
+        text = text.replace(f"from_pretrained({quote}{old}{quote}", f"from_pretrained({quote}{new}{quote}")
+    return text
 
 
 @contextmanager
-def _explained_errors(api: HfApi, repo_id: str) -> Generator[None]:
+def _explained_errors(api: HfApi, repo_id: str, token: str | None) -> Generator[None]:
     """Say in one line what went wrong at the Hub, and what to do."""
     try:
         yield
     except (HTTPError, RuntimeError, OSError) as error:  # a failed transfer of a file is one of the latter two
-        raise OSError(f"cannot push to `{repo_id}`: {_reason(api, _cause(error))}") from error
+        raise OSError(f"cannot push to `{repo_id}`: {_reason(api, _cause(error), token)}") from error
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -282,17 +290,23 @@ def _cause(error: BaseException) -> BaseException:
     return error if isinstance(error, HTTPError) or error.__cause__ is None else error.__cause__
 
 
-def _reason(api: HfApi, error: BaseException) -> str:
+def _reason(api: HfApi, error: BaseException, token: str | None) -> str:
     details = " ".join(str(error).split())
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
+    if _XET_PATH in details:
         return (
-            "the Hub refused the access token. Log in with `hf auth login`, or set `HF_TOKEN`, with a token that may "
-            f"write there ({details})"
+            "the Hub did not let the client use Xet storage, and no file was changed there. If it has none, as a 404 "
+            f"says, set `HF_HUB_DISABLE_XET=1` ({details})"
         )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in {_UNAUTHORIZED, _FORBIDDEN}:
+        if error.response.status_code == _FORBIDDEN:
+            reason = "the Hub does not let this access token write there: check the name, or take a token that may"
+        elif token is None and get_token() is None:
+            reason = "there is no access token: log in with `hf auth login`, or set `HF_TOKEN`"
+        else:
+            reason = "the Hub refused the access token: log in again with `hf auth login`, or correct `HF_TOKEN`"
+        return f"{reason} ({details})"
     if isinstance(error, HTTPError | ConnectionError) and not isinstance(error, HfHubHTTPError):
         reason, advice = f"{api.endpoint} cannot be reached or broke off", "Check the connection and `HF_ENDPOINT`"
     else:
         reason, advice = "the upload failed, and no file was changed there", "Try again"
-    if _XET_PATH in details:
-        advice = "If this Hub has no Xet storage, set `HF_HUB_DISABLE_XET=1`"
     return f"{reason}. {advice} ({details})"

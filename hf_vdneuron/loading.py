@@ -4,6 +4,7 @@
 import reprlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ def _flag(model_name_or_path: str) -> str:
 
 def _read_config(model_name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     with _loading(_flag(model_name_or_path), "give a folder with a saved model, or a name on the Hub"):
+        path = Path(model_name_or_path)
+        if path.is_absolute() and not path.is_dir():  # as a name it would be wrong in other ways
+            raise FileNotFoundError("there is no such folder")
         return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
 
 

@@ -55,7 +55,8 @@ The same as a page, in light and dark: `report.html`.
 ## How it was made
 
 Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}):
-what the trained posterior found least relevant was removed for good, and the rest trained on. This command repeats it:
+what the trained posterior found least relevant was removed for good, and the rest trained on. This command repeats it,
+with local folders by their names alone:
 
 ```bash
 {{ report.command }}

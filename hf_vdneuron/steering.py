@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run arrives where it was asked to: how hard the KL pulls, and what the cut keeps."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
 __all__ = ["Steering", "steps_between_looks"]
 
+_LOGGER = logging.getLogger(__name__)
+
 #: How often at least the controller looks at the posterior in one sparsification, a pass over its weights each time.
 LOOKS = 100
 
@@ -39,7 +42,8 @@ LOOKS = 100
 #: would only be drowned in noise, and the cut meets the target all the same.
 FURTHEST = 30.0
 
-#: Share of the removable cost for which a first guess is still made; a target that leaves less starts as high.
+#: Share of the removable cost for which a first guess is still made; a target that leaves less starts as high, and is
+#: warned of.
 LEAST_SHARE = 0.02
 
 
@@ -142,6 +146,11 @@ class Steering:
                 "has ended: ask for more, or call `prune()` first to count from what is left."
             )
         share_left = (budget.limit - fixed) / (now - fixed)
+        if share_left < LEAST_SHARE:
+            _LOGGER.warning(
+                f"`{args.target}` is {getattr(args, args.target):g}, which leaves {share_left:.1%} of what heads and "
+                "neurons cost: a model that small may do no better than chance."
+            )
         first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
         self._course = _Course(costs.sublayers, budget, present, fixed, first)
         if self._kl_weight is None and plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:

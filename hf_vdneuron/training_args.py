@@ -84,6 +84,12 @@ class VDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "How many parameters the whole model may have in the end."}
     )
 
+    logging_steps: float = field(
+        default=0.02,
+        metadata={
+            "help": "Steps between two logs, or below 1 their share of the run; the report draws what is logged."
+        },
+    )
     finetune_fraction: float = field(
         default=0.3, metadata={"help": "Share of the run that fine-tunes the dense model; 0 skips it."}
     )

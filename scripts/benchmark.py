@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.config import PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
@@ -42,8 +43,10 @@ from hf_vdneuron.targets import speedup_budget
 
 
 OURS = "vd"
+#: Variants of ours.
+VARIATIONAL = {OURS: VDConfig(), "vd_group": VDConfig(prior=PriorType.GROUP)}
 #: In the order in which they run: without a target, scorers need the counts of ours.
-METHODS = (DENSE, OURS, *SCORERS, *LEARNED_GATES)
+METHODS = (DENSE, *VARIATIONAL, *SCORERS, *LEARNED_GATES)
 
 
 @dataclass
@@ -129,8 +132,8 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     model = cell.dense()
     if run.method == DENSE:
         return model, 0, {}
-    if run.method == OURS:
-        model, courses = cell.sparsify(model, run.target_speedup)
+    if run.method in VARIATIONAL:
+        model, courses = cell.sparsify(model, VARIATIONAL[run.method], run.target_speedup)
         return model, cell.settings.recover_steps, courses
     if run.method in LEARNED_GATES and run.target_speedup is not None:
         costs = Costs(model, length=cell.settings.max_length)

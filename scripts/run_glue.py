@@ -28,6 +28,7 @@ from hf_vdneuron.glue import GLUE_TASKS, GlueTask, find_tasks, glue_task, load_g
 from hf_vdneuron.labels import fitting_tasks
 from hf_vdneuron.loading import load_classifier, read_classifier_config
 from hf_vdneuron.report import environment
+from hf_vdneuron.wording import percent
 
 
 RESULTS_FILE = "eval_results.json"
@@ -132,12 +133,12 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
 def print_results(results: dict[str, Any]) -> None:
     """Print one line per task and metric."""
     rows = [
-        [task, f"{result['num_examples']:,}", name, f"{value:.4f}"]
+        [task, f"{result['num_examples']:,}", name, percent(value)]
         for task, result in results["tasks"].items()
         for name, value in result.items()
         if isinstance(value, float)
     ]
-    print_table(["task", "examples", "metric", "value"], rows)
+    print_table(["task", "examples", "metric", "percent"], rows)
     if results["skipped"]:
         print(f"skipped, as the model has another number of labels: {', '.join(results['skipped'])}")
 

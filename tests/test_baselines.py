@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from benchmarks.baselines import SCORERS
+from benchmarks.baselines import SCORERS, keep_affordable
 from benchmarks.gates import gate_gradients, gated
 from benchmarks.learned_gates import LEARNED_GATES, HardConcreteGates, LearnedGates, MovementGates
 from models import FAMILIES, batch, outputs, tiny_model
@@ -94,6 +94,16 @@ def test_scores_average_over_examples(name: str, score: object) -> None:
     assert scores.keys() == gradients.keys()
     for path, slopes in gradients.items():
         torch.testing.assert_close(scores[path], score(slopes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_dropped_from_the_top(family: str) -> None:
+    model = tiny_model(family)
+    scores = SCORERS["layers"](model, [], torch.Generator())
+    costs = Costs(model, length=6)
+    mask = keep_affordable(model, scores, speedup_budget(costs, 3.0))  # of 3 layers
+    shares = [len(mask.kept_units(part)) / part.num_units for part in costs.sublayers]
+    assert shares == [1, 1, 0, 0, 0, 0]
 
 
 # Gates that learn

@@ -114,6 +114,13 @@ def test_an_unknown_task_lists_the_known_ones(name: str) -> None:
         glue_task(name)
 
 
+@pytest.mark.parametrize(("name", "meant"), [("sst22", "sst2"), ("mprc", "mrpc"), ("SST2", None)])
+def test_a_slip_is_guessed(name: str, meant: str | None) -> None:
+    with pytest.raises(ValueError, match="expected one of") as error:
+        glue_task(name)
+    assert str(error.value).endswith(f"Did you mean {meant}?" if meant else "validation.parquet")
+
+
 def test_a_task_of_ones_own_says_itself_what_it_holds(tmp_path: Path) -> None:
     features = Features({
         "question": Value("string"),

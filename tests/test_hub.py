@@ -201,6 +201,14 @@ def test_the_card_speaks_of_where_it_lies(hub: Hub, out: Path) -> None:
     assert text.count(NAME) == 3
 
 
+def test_so_does_the_page(hub: Hub, out: Path) -> None:
+    load = "<code>model = hf_vdneuron.from_pretrained(&#34;{}&#34;)</code>"
+    write(out / "report.html", load.format("OUT"))
+    push_folder(out, NAME)
+    assert hub.repos[NAME].files["report.html"].decode() == load.format(NAME)
+    assert (out / "report.html").read_text() == load.format("OUT")
+
+
 @pytest.mark.parametrize(
     ("card", "expected"),
     [
@@ -498,21 +506,21 @@ def unreachable(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("spoil", "flags", "message"),
     [
         pytest.param(nothing, ["OUT/none", "--repo_id=me/x"], "none` is no folder: expected", id="no folder"),
-        pytest.param(nothing, ["OUT/figures", "--repo_id=me/x"], "has no config.json, no weights", id="no model"),
+        pytest.param(nothing, ["OUT/figures", "--repo_id=me/x"], "has no config.json and no weights", id="no model"),
         pytest.param(nothing, ["OUT", "--repo_id=a/b/c"], "'a/b/c'", id="bad name"),
-        pytest.param(nothing, ["OUT", "--repo_id=you/x"], "the Hub refused the access token", id="not mine"),
+        pytest.param(nothing, ["OUT", "--repo_id=you/x"], "does not let this access token write there", id="not mine"),
         pytest.param(nothing, ["OUT"], "--repo_id", id="no name"),
         pytest.param(nothing, ["OUT", "--repo_id=me/x", "--speed=2"], "unknown arguments", id="unknown flag"),
         pytest.param(
             lambda out, monkeypatch: monkeypatch.setenv("HF_TOKEN", "hf_wrong"),
             ["OUT", "--repo_id=me/x"],
-            "the Hub refused the access token. Log in with `hf auth login`",
+            "the Hub refused the access token: log in again with `hf auth login`",
             id="wrong token",
         ),
         pytest.param(
             lambda out, monkeypatch: monkeypatch.delenv("HF_TOKEN"),
             ["OUT", "--repo_id=me/x"],
-            "the Hub refused the access token. Log in with `hf auth login`",
+            "there is no access token: log in with `hf auth login`",
             id="no token",
         ),
         pytest.param(unreachable, ["OUT", "--repo_id=me/x"], "http://127.0.0.1:9 cannot be reached", id="no Hub"),

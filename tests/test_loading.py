@@ -42,6 +42,11 @@ def test_a_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
         read_classifier_config(str(tmp_path))
 
 
+def test_a_folder_that_is_not_there_is_no_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give a folder with a saved model.*\(there is no such folder\)$"):
+        read_classifier_config(str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("name", ["no/such-model", "not there at all"])
 def test_a_model_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"cannot load `model_name_or_path` '{name}': give a folder"):

@@ -116,7 +116,8 @@ The same as a page, in light and dark: `report\.html`\.
 ## How it was made
 
 .+ \(target: dropout rate above 0\.99\):
-.+ This command repeats it:
+.+ This command repeats it,
+with local folders by their names alone:
 
 ```bash
 python scripts/sparsify\.py --task_name mrpc

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_a_task_is_scored(name: str, samples: Path, tmp_path: Path, capsys: pyte
     assert results["environment"].keys() >= {"device", "torch", "transformers", "python"}
     table = capsys.readouterr().out
     for metric in task.metrics:
-        assert f"{metric}  {results[metric]:.4f}" in table
+        assert re.search(rf"{metric} +{100 * results[metric]:.2f}\n", table)
 
 
 def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +112,11 @@ def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: py
         pytest.param({"dataset_dir": "{root}/1"}, "sst2/validation.parquet does not exist", id="no data"),
         pytest.param({"dataset_dir": "{root}/1", "task_name": "all"}, "expected folders named as", id="no tasks"),
         pytest.param({"dataset_dir": None, "task_name": "rte_x"}, "is not on the Hub", id="variant on the Hub"),
-        pytest.param({"output_dir": "{root}/2/config.json"}, "is not writable: choose another", id="output is a file"),
+        pytest.param(
+            {"output_dir": "{root}/2/config.json"},
+            "is not writable: choose another folder (`config.json` is a file)",
+            id="output is a file",
+        ),
         pytest.param({"device": "toaster"}, "`device` 'toaster' cannot be used", id="no device"),
         pytest.param({"max_eval_samples": 0}, "`max_eval_samples` is 0, expected at least 1", id="no samples"),
         pytest.param({"per_device_eval_batch_size": "x"}, "invalid int value", id="wrong type"),

@@ -168,6 +168,14 @@ def test_a_target_out_of_reach_ends_a_run_before_its_first_step(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_target_that_leaves_next_to_nothing_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = PhasePlan(0, 100, 0)
+    for target, is_warned in ((40.0, False), (200.0, True)):
+        model = patch_model_(tiny_bert())
+        Steering(LENGTH, lambda: NUM_ROWS).begin_(model, steered(tmp_path, target_speedup=target).args, plan, step=0)
+        assert ("may do no better than chance" in caplog.text) == is_warned
+
+
 def test_latency_is_measured_once_and_kept_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

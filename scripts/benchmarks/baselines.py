@@ -6,6 +6,9 @@ They know the model as the method does, as coupled slices, and spend the same bu
 References:
     Michel et al., "Are Sixteen Heads Really Better than One?", 2019, https://arxiv.org/abs/1905.10650
 
+    Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2020,
+    https://arxiv.org/abs/2004.03844
+
     Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022, https://arxiv.org/abs/2204.09656
 """
 
@@ -100,6 +103,29 @@ def _weights_of_a_unit(model: nn.Module, sublayer: Sublayer) -> int:
     )
 
 
+def layers(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
+    """Drop layers from the top: what is left is a shallower dense model (Sajjad 2020, section 3.1).
+
+    Args:
+        model: A dense model.
+        batches: Not used.
+        generator: Not used.
+
+    Returns:
+        The scores. Where a target falls between two depths, part of the layer in question stays.
+    """
+    sublayers = find_sublayers(model)
+    depth = {path: index for index, path in enumerate(dict.fromkeys(_layer_of(part.path) for part in sublayers))}
+    scores = {part.path: torch.full((part.num_units,), 1.0 / (1 + depth[_layer_of(part.path)])) for part in sublayers}
+    return per_unit(model, scores)
+
+
+def _layer_of(path: str) -> str:
+    """Cut a path behind its last number: `encoder.layer.3.attention` lies in `encoder.layer.3`."""
+    parts = path.split(".")
+    return ".".join(parts[: 1 + max(index for index, part in enumerate(parts) if part.isdigit())])
+
+
 def taylor(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
     r"""Score a unit by how much the loss of an example depends on its gate.
 
@@ -129,7 +155,13 @@ def fisher(model: nn.Module, batches: Batches, generator: torch.Generator) -> Sc
 
 
 #: Name of a baseline -> how it scores units.
-SCORERS: dict[str, Scorer] = {"magnitude": magnitude, "taylor": taylor, "fisher": fisher, "random": at_random}
+SCORERS: dict[str, Scorer] = {
+    "magnitude": magnitude,
+    "taylor": taylor,
+    "fisher": fisher,
+    "layers": layers,
+    "random": at_random,
+}
 
 
 def keep_affordable(model: nn.Module, scores: Scores, budget: Budget) -> RelevanceMask:

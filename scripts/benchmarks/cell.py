@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallba
 
 from benchmarks.gates import gated
 from benchmarks.learned_gates import LearnedGates
+from hf_vdneuron.config import VDConfig
 from hf_vdneuron.evaluation import encode, evaluate_glue
 from hf_vdneuron.glue import glue_task, load_glue, take
 from hf_vdneuron.history import report_training
@@ -123,18 +124,23 @@ class Cell:
             self.save(model, DENSE)
         return self.load(DENSE)
 
-    def sparsify(self, model: PreTrainedModel, target_speedup: float | None) -> tuple[PreTrainedModel, Courses]:
+    def sparsify(
+        self, model: PreTrainedModel, vd_config: VDConfig, target_speedup: float | None
+    ) -> tuple[PreTrainedModel, Courses]:
         """Train the posterior, and remove what it says can go.
 
         Args:
             model: The dense model.
+            vd_config: How it is made variational.
             target_speedup: Speed-up to ask for; with None the dropout-rate rule decides.
 
         Returns:
             The same model, smaller, and how the posterior was trained.
         """
         steps = self.settings.sparsify_steps
-        trainer = self.train(model, Phase.SPARSIFY, steps, teacher=self.dense(), target_speedup=target_speedup)
+        trainer = self.train(
+            model, Phase.SPARSIFY, steps, vd_config=vd_config, teacher=self.dense(), target_speedup=target_speedup
+        )
         curves = report_training(trainer.state.log_history, trainer.plan).curves
         return trainer.prune(), {name: asdict(curves[name]) for name in COURSES if name in curves}
 
@@ -225,6 +231,7 @@ class Cell:
         phase: Phase,
         steps: int,
         *,
+        vd_config: VDConfig | None = None,
         teacher: PreTrainedModel | None = None,
         target_speedup: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -235,6 +242,7 @@ class Cell:
             model: The model; it is patched.
             phase: The phase.
             steps: Optimizer steps.
+            vd_config: How the model is patched.
             teacher: Model to learn from.
             target_speedup: Speed-up to ask for.
             callbacks: Who else looks on.
@@ -246,6 +254,7 @@ class Cell:
         trainer = VDTrainer(
             model=model,
             args=self._arguments(phase, steps, target_speedup=target_speedup),
+            vd_config=vd_config,
             teacher=teacher,
             train_dataset=encode(self.rows["train"], self.task, self.tokenizer, model.config, max_length=length),
             data_collator=DataCollatorWithPadding(self.tokenizer),
