@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The main job end to end, in about ten minutes on 2 cores: a real pretrained model (MiniLM, from a package) learns to
+# The main job end to end, in about seven minutes on 2 cores: a real pretrained model (MiniLM, from a package) learns to
 # tell which package of the standard library a docstring documents, is sparsified on the way, and saved smaller.
 # Nothing comes from the network but packages. Results go to out/demo, or to the folder given:
 #   bash scripts/demo.sh [OUTPUT_DIR]
