@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learn from a dense teacher: its logits become the targets."""
+"""Learn from a dense teacher: its logits become the targets, and its hidden states if asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,17 @@ from hf_vdneuron.checkpoints import has_teacher, load_teacher_, save_teacher
 from hf_vdneuron.sharding import dense_copy
 
 
-__all__ = ["IGNORED_LABEL", "ProblemType", "Teacher", "distillation_loss", "predictions"]
+__all__ = ["IGNORED_LABEL", "ProblemType", "Teacher", "distillation_loss", "hidden_state_loss", "predictions"]
 
 #: Label of positions that a token-level loss skips, in transformers and in torch's cross-entropy.
 IGNORED_LABEL = -100
+
+#: Names of hidden states in the outputs of transformers, and of the mask over their positions.
+_STACKS = {
+    "hidden_states": "attention_mask",
+    "encoder_hidden_states": "attention_mask",
+    "decoder_hidden_states": "decoder_attention_mask",
+}
 
 #: Ends every refusal to distil.
 _WAY_OUT = "or set `distillation_weight=0` to train without a teacher."
@@ -118,6 +125,56 @@ def _bernoulli_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return teacher.sigmoid() * on + (-teacher).sigmoid() * off
 
 
+def hidden_state_loss(outputs: object, teacher_outputs: object, inputs: Mapping[str, Any]) -> Tensor:
+    r"""Compare a student's hidden states with its teacher's, layer by layer: pruning leaves their widths alone.
+
+    .. math:: \frac1L \sum_l \frac{\sum_i \| h_{li} - t_{li} \|^2}{\sum_i \| t_{li} \|^2}
+
+    over layers :math:`l` and attended positions :math:`i`: the share of the teacher's signal that is missed.
+
+    Args:
+        outputs: Student's outputs, with hidden states of shape `(batch, positions, hidden_size)`.
+        teacher_outputs: Teacher's outputs, likewise.
+        inputs: The batch; its masks say which positions are attended.
+
+    Returns:
+        Scalar, not negative, mean over layers.
+
+    Raises:
+        ValueError: If there are no hidden states, or those of the two have different shapes.
+    """
+    losses = []
+    for name, mask_name in _STACKS.items():
+        states, targets = (_hidden_states(either, name) for either in (outputs, teacher_outputs))
+        if [state.shape for state in states] != [target.shape for target in targets]:
+            raise ValueError(
+                f"The teacher's `{name}` are {len(targets)} of shape {tuple(targets[0].shape) if targets else ()}: "
+                f"expected {len(states)} of shape {tuple(states[0].shape) if states else ()}, as the model's. Pass a "
+                "`teacher` of the same depth and width, or set `hidden_distillation_weight=0`."
+            )
+        attended = inputs.get(mask_name)
+        # Nothing is pruned in front of the first layer.
+        for state, target in zip(states[1:], targets[1:], strict=True):
+            losses.append(_missed(state.float(), target.float(), attended))
+    if not losses:
+        raise ValueError(
+            "The model returns no hidden states to distil: set `hidden_distillation_weight=0` to learn from logits "
+            "alone."
+        )
+    return torch.stack(losses).mean()
+
+
+def _hidden_states(outputs: object, name: str) -> Sequence[Tensor]:
+    return (outputs.get(name) if isinstance(outputs, Mapping) else None) or ()
+
+
+def _missed(state: Tensor, target: Tensor, attended: Tensor | None) -> Tensor:
+    """Squared error relative to the squared target, both summed over attended positions."""
+    if isinstance(attended, Tensor) and attended.shape == state.shape[:2]:
+        state, target = state[attended.bool()], target[attended.bool()]
+    return (state - target).square().sum() / target.square().sum()
+
+
 def predictions(outputs: object, whose: str) -> Tensor:
     """Take the logits out of what a model returns.
 
@@ -195,38 +252,21 @@ class Teacher:
             self._own = _fixed_copy(student)
             load_teacher_(self._own, checkpoint)
 
-    def loss(
-        self,
-        logits: Tensor,
-        inputs: Mapping[str, Any],
-        *,
-        labels: Tensor | None,
-        temperature: float,
-        configured: str | None,
-    ) -> Tensor:
-        """Compare the student's predictions for a batch with the teacher's.
+    def outputs(self, inputs: Mapping[str, Any], *, hidden_states: bool) -> object:
+        """Ask the teacher about a batch.
 
         Args:
-            logits: Student's logits.
             inputs: The batch, with or without labels.
-            labels: Its labels.
-            temperature: Temperature of both predictions, above 0.
-            configured: `problem_type` of the student's config, if it says any.
+            hidden_states: Whether its hidden states are wanted too.
 
         Returns:
-            Scalar, mean over predictions.
+            Its outputs, without a graph.
 
         Raises:
             RuntimeError: If there is no teacher yet.
         """
         if self.model is None:
             raise RuntimeError("There is no teacher yet: call `copy_` first.")
+        extra = {"output_hidden_states": True} if hidden_states else {}
         with torch.no_grad():
-            teacher_outputs = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return distillation_loss(
-            logits,
-            predictions(teacher_outputs, "teacher"),
-            temperature=temperature,
-            labels=labels,
-            configured=configured,
-        )
+            return self.model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra)

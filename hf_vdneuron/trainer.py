@@ -19,7 +19,7 @@ from hf_vdneuron.checks import (
     require_supported_sharding,
 )
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.distillation import Teacher, predictions
+from hf_vdneuron.distillation import Teacher, distillation_loss, hidden_state_loss, predictions
 from hf_vdneuron.elbo import kl_divergence, variational_layers
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -174,7 +174,8 @@ class VDTrainer(ResumableTrainer):
         labels = inputs.get("labels")
         if self.args.num_data is None:
             require_examples(inputs, labels)
-        nll, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        asked = {**inputs, "output_hidden_states": True} if self._distils_hidden_states else inputs
+        nll, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         # The Trainer divides a micro-batch's mean by their number, and leaves alone what is scaled already.
         parts = self.current_gradient_accumulation_steps
         divided_by = parts if self._loss_is_scaled(num_items_in_batch) else 1
@@ -199,17 +200,30 @@ class VDTrainer(ResumableTrainer):
         logits = predictions(outputs, "model")
         if self.teacher is None:
             return nll
-        loss = self._teacher.loss(
+        lesson = self._teacher.outputs(inputs, hidden_states=self._distils_hidden_states)
+        loss = distillation_loss(
             logits,
-            inputs,
+            predictions(lesson, "teacher"),
             labels=labels,
             temperature=self.args.distillation_temperature,
             configured=getattr(getattr(self.model, "config", None), "problem_type", None),
         )
+        missed = hidden_state_loss(outputs, lesson, inputs) if self._distils_hidden_states else None
         if not learns:
             return nll
         self._means.add("distillation", loss)
+        if missed is not None:
+            self._means.add("hidden_distillation", missed)
+            loss = loss + self.args.hidden_distillation_weight * missed
         return (1 - weight) * nll + weight * loss / divided_by
+
+    @property
+    def _distils_hidden_states(self) -> bool:
+        """Whether hidden states of the coming step are compared with the teacher's."""
+        wanted = self.args.distillation_weight > 0 and self.args.hidden_distillation_weight > 0
+        return (
+            wanted and self.teacher is not None and (self.phase is not Phase.FINETUNE or self.state.global_step == 0)
+        )
 
     @property
     def _has_lessons(self) -> bool:

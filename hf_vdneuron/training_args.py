@@ -31,7 +31,7 @@ class SpeedupFrom(StrEnum):
 #: What a finite number has to be: names of the options, test, and the test in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
-        ("finetune_fraction", "sparsify_fraction", "recover_fraction"),
+        ("finetune_fraction", "sparsify_fraction", "recover_fraction", "hidden_distillation_weight"),
         lambda value: value >= 0,
         "a number of at least 0",
     ),
@@ -144,6 +144,13 @@ class VDTrainingArguments(TrainingArguments):
         },
     )
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of both softmaxes, above 0."})
+    hidden_distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the teacher's hidden states beside its logits, at least 0: the share of their signal "
+            "that is missed, mean over layers, is added this many times to the teacher's loss."
+        },
+    )
     num_data: int | None = field(
         default=None,
         metadata={

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import tiny_bert
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import BertForTokenClassification
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
@@ -16,6 +16,7 @@ from hf_vdneuron.distillation import (
     ProblemType,
     Teacher,
     distillation_loss,
+    hidden_state_loss,
     predictions,
     problem_type,
 )
@@ -160,24 +161,71 @@ def test_the_users_teacher_stays_and_is_not_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_teacher_hears_the_inputs_without_the_labels(labelled: bool) -> None:
+@pytest.mark.parametrize("hidden_states", [True, False])
+def test_the_teacher_hears_the_inputs_without_the_labels(labelled: bool, hidden_states: bool) -> None:
     model = tiny_bert(BertForTokenClassification).eval()
     ids, labels = torch.ones(2, 3, dtype=torch.long), torch.full((2, 3), IGNORED_LABEL)
-    labels[0, 0] = 1
     inputs = {"input_ids": ids, "labels": labels} if labelled else {"input_ids": ids}
-    logits = torch.zeros(2, 3, 2)
-    got = Teacher(model).loss(logits, inputs, labels=labels, temperature=TEMPERATURE, configured=None)
-    assert got.item() == pytest.approx(loss_of(logits[:1, 0], model(ids).logits[:1, 0]))
-    assert not got.requires_grad
+    outputs = Teacher(model).outputs(inputs, hidden_states=hidden_states)
+    assert torch.equal(outputs.logits, model(ids).logits)
+    assert "loss" not in outputs
+    assert ("hidden_states" in outputs) == hidden_states
+    assert not outputs.logits.requires_grad
 
 
 def test_there_is_no_lesson_without_a_teacher() -> None:
     with pytest.raises(RuntimeError, match="no teacher yet"):
-        Teacher(None).loss(torch.zeros(1, 2), {}, labels=None, temperature=TEMPERATURE, configured=None)
+        Teacher(None).outputs({}, hidden_states=False)
 
 
-def test_a_teacher_without_logits_is_refused() -> None:
-    with pytest.raises(ValueError, match="The teacher returns Tensor"):
-        Teacher(nn.Identity()).loss(
-            torch.zeros(1, 2), {"input": torch.zeros(1, 2)}, labels=None, temperature=TEMPERATURE, configured=None
-        )
+# Hidden states
+
+
+def states(num_layers: int, *shape: int, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(num_layers, *shape, generator=generator))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_hidden_states_are_compared_at_attended_positions_of_each_layer(padded: bool) -> None:
+    student, teacher = states(4, 2, 3, 5, seed=0), states(4, 2, 3, 5, seed=1)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    shares = []
+    for layer in (1, 2, 3):  # the first one lies in front of all layers
+        error = signal = 0.0
+        for row, position in [(0, 0), (0, 1), (0, 2), (1, 0), *([] if padded else [(1, 1), (1, 2)])]:
+            error += sum((student[layer][row, position, i] - teacher[layer][row, position, i]) ** 2 for i in range(5))
+            signal += sum(teacher[layer][row, position, i] ** 2 for i in range(5))
+        shares.append(error / signal)
+    inputs = {"attention_mask": mask} if padded else {}
+    loss = hidden_state_loss({"hidden_states": student}, {"hidden_states": teacher}, inputs)
+    torch.testing.assert_close(loss, sum(shares) / 3)
+
+
+def test_a_student_without_any_signal_misses_all_of_it() -> None:
+    teacher = states(3, 2, 3, 5, seed=0)
+    silent = tuple(torch.zeros_like(layer) for layer in teacher)
+    assert hidden_state_loss({"hidden_states": silent}, {"hidden_states": teacher}, {}).item() == pytest.approx(1)
+    assert hidden_state_loss({"hidden_states": teacher}, {"hidden_states": teacher}, {}).item() == 0
+
+
+def test_both_stacks_of_an_encoder_and_decoder_count() -> None:
+    teacher = {
+        "encoder_hidden_states": states(3, 2, 4, 5, seed=0),
+        "decoder_hidden_states": states(2, 2, 3, 5, seed=1),
+    }
+    student = {**teacher, "decoder_hidden_states": tuple(torch.zeros(2, 3, 5) for _ in range(2))}
+    inputs = {"attention_mask": torch.ones(2, 4), "decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    assert hidden_state_loss(student, teacher, inputs).item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (3, 2, 3, 4)], ids=["deeper", "narrower"])
+def test_a_teacher_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    student, teacher = states(3, 2, 3, 5, seed=0), states(*shape, seed=0)
+    with pytest.raises(ValueError, match=r"expected 3 of shape \(2, 3, 5\).*`hidden_distillation_weight=0`"):
+        hidden_state_loss({"hidden_states": student}, {"hidden_states": teacher}, {})
+
+
+def test_a_model_without_hidden_states_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no hidden states to distil: set `hidden_distillation_weight=0`"):
+        hidden_state_loss({"logits": torch.zeros(2)}, {"logits": torch.zeros(2)}, {})

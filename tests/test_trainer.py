@@ -519,6 +519,30 @@ def test_a_given_teacher_is_used_and_fixed(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
+def test_hidden_states_are_learned_after_fine_tuning(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, hidden_distillation_weight=5.0)
+    trainer.train()
+    logs = [logs for logs in trainer.state.log_history if "nll" in logs]
+    assert [("hidden_distillation" in one) for one in logs] == [("distillation" in one) for one in logs]
+    learned = [one for one in logs if "distillation" in one]
+    assert learned
+    assert 0 < learned[0]["hidden_distillation"] < 0.1  # the teacher is the student itself, without noise
+    last = learned[-1]  # in recovery, without a KL
+    weight = trainer.args.distillation_weight
+    lesson = last["distillation"] + 5 * last["hidden_distillation"]
+    assert last["loss"] == pytest.approx((1 - weight) * last["nll"] + weight * lesson, rel=1e-3)
+
+
+def test_hidden_states_are_learned_alike_for_any_accumulation(tmp_path: Path) -> None:
+    def course(parts: int) -> list[float]:
+        options = {"gradient_accumulation_steps": parts, "per_device_train_batch_size": 4 // parts}
+        trainer = make_trainer(tmp_path / str(parts), tiny_bert(), hidden_distillation_weight=5.0, **options)
+        trainer.train()
+        return [logs["hidden_distillation"] for logs in trainer.state.log_history if "hidden_distillation" in logs][:1]
+
+    assert course(2) == pytest.approx(course(1), rel=0.3)  # noise differs
+
+
 @pytest.mark.parametrize("accumulation", [2, 4])
 @pytest.mark.parametrize("case", ["mean", "by-count", "loss-function"])
 def test_logged_nll_does_not_depend_on_accumulation(tmp_path: Path, case: str, accumulation: int) -> None:
