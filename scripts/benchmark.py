@@ -27,7 +27,7 @@ from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
-from benchmarks.plots import draw_courses
+from benchmarks.plots import draw_courses, draw_scores
 from benchmarks.results import Results, Row, Run, latency_table, score_table
 from transformers import PreTrainedModel, set_seed
 
@@ -284,6 +284,7 @@ def main(argv: list[str]) -> None:
         return
     if args.plots is not None:
         draw_courses(results.rows(), Path(args.plots))
+        draw_scores(results.rows(), Path(args.plots))
         return
     if not args.table:
         work(args, results)

@@ -212,7 +212,7 @@ def test_targets_are_runs_of_their_own(
     assert "| sst2 | 1.2x | fisher | 1 |" in capsys.readouterr().out
     benchmark.main([*asked, f"--plots={tmp_path / 'plots'}"])
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
-        f"sst2-{name}.png" for name in ("kl_weight", "nll", "expected_removal", "expected_speedup")
+        f"sst2-{name}.png" for name in ("kl_weight", "nll", "expected_removal", "expected_speedup", "scores")
     }
 
 

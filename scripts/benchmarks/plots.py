@@ -2,16 +2,32 @@
 """Pictures of finished runs."""
 
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks.cell import DENSE
 from benchmarks.results import Row
 from hf_vdneuron.drawing import LIGHT, TEXT_SIZE, Drawing, canvas, save_drawings
 from hf_vdneuron.schedules import removal_path
 
 
-__all__ = ["draw_courses"]
+__all__ = ["draw_courses", "draw_scores"]
+
+
+class Panel(NamedTuple):
+    """What a picture shows.
+
+    Args:
+        title: What it is about.
+        caption: What it shows, in a sentence.
+    """
+
+    title: str
+    caption: str
+
 
 #: One per target.
 COLOURS = ("first", "second", "third")
@@ -22,10 +38,34 @@ PATH_POINTS = 100
 
 #: Curve -> title of its picture and what that shows.
 PANELS = {
-    "kl_weight": ("KL weight", "How hard the KL term pulls."),
-    "nll": ("Loss", "Negative log-likelihood of the labels with noise, in nats per example."),
-    "expected_removal": ("On the way to the target", "Share of what has to go that is about to; dashed: the path."),
-    "expected_speedup": ("Speed-up by the dropout-rate rule", "What the rule alone would give, before the cut."),
+    "kl_weight": Panel("KL weight", "How hard the KL term pulls."),
+    "nll": Panel("Loss", "Negative log-likelihood of the labels with noise, in nats per example."),
+    "expected_removal": Panel(
+        "On the way to the target", "Share of what has to go that is about to; dashed: the path."
+    ),
+    "expected_speedup": Panel("Speed-up by the dropout-rate rule", "What the rule alone would give, before the cut."),
+}
+
+
+SCORES = Panel(
+    "Score against speed",
+    "Mean and standard error over seeds on the validation set, in percent; dashed: the dense model. Speed-ups are "
+    "measured on the largest batch.",
+)
+SCORES_HEIGHT = 3.0
+
+#: Ours stand out.
+OUR_COLOURS = {"vd": "first", "vd_group": "second"}
+
+#: All others are told apart by their points.
+MARKERS = {
+    "magnitude": "s",
+    "taylor": "^",
+    "fisher": "v",
+    "l0": "D",
+    "movement": "P",
+    "layers": "_",
+    "random": "x",
 }
 
 
@@ -47,6 +87,61 @@ def draw_courses(rows: list[Row], folder: Path) -> None:
             raise ValueError(f"{task} has runs at {targets}: expected at most {len(COLOURS)} targets in a picture")
         known = [name for name in PANELS if all(name in row["courses"] for row in runs)]
         save_drawings([_draw(name, task, runs) for name in known], folder)
+
+
+def draw_scores(rows: list[Row], folder: Path) -> None:
+    """Draw score against measured speed-up, a file per task and a line per method, where speed-ups were asked for.
+
+    Args:
+        rows: Finished runs.
+        folder: Where the files go.
+    """
+    asked = [row for row in rows if row["target_speedup"] is not None]
+    drawings = []
+    for task in sorted({row["task"] for row in asked}):
+        figure, axes = canvas(f"{SCORES.title}, {task}", SCORES_HEIGHT)
+        dense = [100 * row["score"] for row in rows if (row["task"], row["method"]) == (task, DENSE)]
+        if dense:
+            axes.axhline(fmean(dense), lw=0.8, ls="--", color=LIGHT["ink"], label=DENSE)
+        methods = dict.fromkeys(row["method"] for row in asked if row["task"] == task)
+        # Ours last, so that they lie on top.
+        for method in sorted(methods, key=lambda name: (name in OUR_COLOURS, name)):
+            _draw_method(axes, method, [row for row in asked if (row["task"], row["method"]) == (task, method)])
+        axes.grid(axis="y", color=LIGHT["line"], lw=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("measured speed-up of the whole model", fontsize=TEXT_SIZE, color=LIGHT["muted"])
+        axes.legend(
+            frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+        drawings.append(Drawing(f"{task}-scores", SCORES.title, SCORES.caption, "", figure))
+    save_drawings(drawings, folder)
+
+
+def _draw_method(axes: Axes, method: str, runs: list[Row]) -> None:
+    points = []
+    for target in sorted({run["target_speedup"] for run in runs}):
+        of_target = [run for run in runs if run["target_speedup"] == target]
+        scores = [100 * run["score"] for run in of_target]
+        error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+        points.append((fmean(map(_measured_speedup, of_target)), fmean(scores), error))
+    speedups, scores, errors = zip(*points, strict=True)
+    colour = LIGHT[OUR_COLOURS.get(method, "muted")]
+    axes.errorbar(
+        speedups,
+        scores,
+        errors,
+        color=colour,
+        lw=1.6 if method in OUR_COLOURS else 0.9,
+        elinewidth=0.8,
+        marker=MARKERS.get(method, "o"),
+        ms=4,
+        label=method,
+    )
+
+
+def _measured_speedup(run: Row) -> float:
+    timing = max(run["latency"], key=lambda timing: timing["batch_size"] * timing["length"])
+    return float(timing["dense"] / timing["pruned"])
 
 
 def _draw(name: str, task: str, runs: list[Row]) -> Drawing:
