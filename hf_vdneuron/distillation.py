@@ -14,7 +14,15 @@ from hf_vdneuron.checkpoints import has_teacher, load_teacher_, save_teacher
 from hf_vdneuron.sharding import dense_copy
 
 
-__all__ = ["IGNORED_LABEL", "ProblemType", "Teacher", "distillation_loss", "hidden_state_loss", "predictions"]
+__all__ = [
+    "IGNORED_LABEL",
+    "ProblemType",
+    "Teacher",
+    "distillation_loss",
+    "hidden_state_loss",
+    "predictions",
+    "require_hidden_states",
+]
 
 #: Label of positions that a token-level loss skips, in transformers and in torch's cross-entropy.
 IGNORED_LABEL = -100
@@ -130,7 +138,8 @@ def hidden_state_loss(outputs: object, teacher_outputs: object, inputs: Mapping[
 
     .. math:: \frac1L \sum_l \frac{\sum_i \| h_{li} - t_{li} \|^2}{\sum_i \| t_{li} \|^2}
 
-    over layers :math:`l` and attended positions :math:`i`: the share of the teacher's signal that is missed.
+    over layers :math:`l` and attended positions :math:`i` of one example: the share of the teacher's signal that is
+    missed.
 
     Args:
         outputs: Student's outputs, with hidden states of shape `(batch, positions, hidden_size)`.
@@ -138,7 +147,7 @@ def hidden_state_loss(outputs: object, teacher_outputs: object, inputs: Mapping[
         inputs: The batch; its masks say which positions are attended.
 
     Returns:
-        Scalar, not negative, mean over layers.
+        Scalar, not negative, mean over layers and examples.
 
     Raises:
         ValueError: If there are no hidden states, or those of the two have different shapes.
@@ -156,12 +165,24 @@ def hidden_state_loss(outputs: object, teacher_outputs: object, inputs: Mapping[
         # Nothing is pruned in front of the first layer.
         for state, target in zip(states[1:], targets[1:], strict=True):
             losses.append(_missed(state.float(), target.float(), attended))
-    if not losses:
+    require_hidden_states(outputs)
+    return torch.stack(losses).mean()
+
+
+def require_hidden_states(outputs: object) -> None:
+    """Refuse a model that does not show its hidden states.
+
+    Args:
+        outputs: What it returned when asked for them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not any(_hidden_states(outputs, name) for name in _STACKS):
         raise ValueError(
             "The model returns no hidden states to distil: set `hidden_distillation_weight=0` to learn from logits "
             "alone."
         )
-    return torch.stack(losses).mean()
 
 
 def _hidden_states(outputs: object, name: str) -> Sequence[Tensor]:
@@ -169,10 +190,11 @@ def _hidden_states(outputs: object, name: str) -> Sequence[Tensor]:
 
 
 def _missed(state: Tensor, target: Tensor, attended: Tensor | None) -> Tensor:
-    """Squared error relative to the squared target, both summed over attended positions."""
-    if isinstance(attended, Tensor) and attended.shape == state.shape[:2]:
-        state, target = state[attended.bool()], target[attended.bool()]
-    return (state - target).square().sum() / target.square().sum()
+    """Squared error relative to the squared target, both summed over attended positions of an example."""
+    error, signal = (state - target).square().sum(-1), target.square().sum(-1)
+    if isinstance(attended, Tensor) and attended.shape == error.shape:
+        error, signal = (values * attended for values in (error, signal))
+    return (error.sum(1) / signal.sum(1).clamp_min(torch.finfo(signal.dtype).tiny)).mean()
 
 
 def predictions(outputs: object, whose: str) -> Tensor:

@@ -127,7 +127,8 @@ def push_folder(
             )
         remote = {file.rfilename for file in info.siblings or []}
         stale = sorted(name for name in remote - files.keys() if _matches(name, _DEFAULT_WEIGHT_PATTERNS))
-        contents = {name: _content(name, path, _name_in_card(files), repo_id) for name, path in files.items()}
+        old = _name_in_card(files)
+        contents = {name: _content(name, path, old, repo_id) for name, path in files.items()}
         return api.create_commit(
             repo_id,
             [
@@ -292,13 +293,14 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(api: HfApi, error: BaseException, token: str | None) -> str:
     details = " ".join(str(error).split())
-    if _XET_PATH in details:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if _XET_PATH in details and status not in {_UNAUTHORIZED, _FORBIDDEN}:
         return (
             "the Hub did not let the client use Xet storage, and no file was changed there. If it has none, as a 404 "
             f"says, set `HF_HUB_DISABLE_XET=1` ({details})"
         )
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in {_UNAUTHORIZED, _FORBIDDEN}:
-        if error.response.status_code == _FORBIDDEN:
+    if status in {_UNAUTHORIZED, _FORBIDDEN}:
+        if status == _FORBIDDEN:
             reason = "the Hub does not let this access token write there: check the name, or take a token that may"
         elif token is None and get_token() is None:
             reason = "there is no access token: log in with `hf auth login`, or set `HF_TOKEN`"

@@ -19,7 +19,13 @@ from hf_vdneuron.checks import (
     require_supported_sharding,
 )
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.distillation import Teacher, distillation_loss, hidden_state_loss, predictions
+from hf_vdneuron.distillation import (
+    Teacher,
+    distillation_loss,
+    hidden_state_loss,
+    predictions,
+    require_hidden_states,
+)
 from hf_vdneuron.elbo import kl_divergence, variational_layers
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -53,7 +59,8 @@ class VDTrainer(ResumableTrainer):
         model: Model to train. A dense one is patched in place.
         args: Arguments of the run.
         vd_config: How to patch, for a model that is not patched yet.
-        teacher: Dense model whose logits are the targets; by default the model itself as fine-tuned.
+        teacher: Dense model whose logits, and hidden states if asked for, are the targets; by default the model itself
+            as fine-tuned.
         max_length: Tokens of a sequence for which a speed-up is asked and logged.
         **kwargs: Whatever `Trainer` takes. `optimizers` can bring an optimizer, but no scheduler.
 
@@ -198,6 +205,8 @@ class VDTrainer(ResumableTrainer):
         if weight == 0 or not self._has_lessons or not (learns or self.state.global_step == 0):
             return nll
         logits = predictions(outputs, "model")
+        if self._distils_hidden_states:
+            require_hidden_states(outputs)
         if self.teacher is None:
             return nll
         lesson = self._teacher.outputs(inputs, hidden_states=self._distils_hidden_states)
@@ -220,10 +229,9 @@ class VDTrainer(ResumableTrainer):
     @property
     def _distils_hidden_states(self) -> bool:
         """Whether hidden states of the coming step are compared with the teacher's."""
-        wanted = self.args.distillation_weight > 0 and self.args.hidden_distillation_weight > 0
-        return (
-            wanted and self.teacher is not None and (self.phase is not Phase.FINETUNE or self.state.global_step == 0)
-        )
+        if self.args.hidden_distillation_weight == 0 or not self._has_lessons:
+            return False
+        return self.state.global_step == 0 if self.phase is Phase.FINETUNE else self.teacher is not None
 
     @property
     def _has_lessons(self) -> bool:

@@ -163,11 +163,18 @@ class VDTrainingArguments(TrainingArguments):
         """Check the ranges.
 
         Raises:
-            ValueError: If a value is out of its range, there are two targets, a KL schedule beside one, gradient
-                checkpointing is reentrant, or checkpoints would go to the Hub.
+            ValueError: If a value is out of its range, there are two targets, a KL schedule beside one, hidden states
+                to learn but no teacher, gradient checkpointing is reentrant, or checkpoints would go to the Hub.
         """
+        # transformers would take it from `logging_steps`, and a share does not go with the steps between checkpoints.
+        self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
         super().__post_init__()
         self._check_ranges()
+        if self.hidden_distillation_weight and not self.distillation_weight:
+            raise ValueError(
+                f"`hidden_distillation_weight` is {self.hidden_distillation_weight:g}, but `distillation_weight` is "
+                "0, which trains without a teacher: set both, or none."
+            )
         if self.target is not None and self.sparsify_fraction == 0:
             raise ValueError(
                 f"`{self.target}` is set, but `sparsify_fraction` is 0, so that nothing would be removed: give the "

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from benchmarks.baselines import SCORERS, keep_affordable, keep_best
+from benchmarks.baselines import RANKINGS, SCORERS, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
@@ -162,7 +162,8 @@ def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> Re
     scores = SCORERS[run.method](model, cell.batches(model), torch.Generator().manual_seed(run.seed))
     if run.target_speedup is not None:
         costs = Costs(model, length=cell.settings.max_length)
-        return keep_affordable(model, scores, speedup_budget(costs, run.target_speedup))
+        budget = speedup_budget(costs, run.target_speedup)
+        return keep_affordable(model, scores, budget, whatever_it_costs=run.method in RANKINGS)
     ours = results.find(run._replace(method=OURS))
     if ours is None:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, cost_ratio
 from hf_vdneuron.masks import RelevanceMask, mask_model_
+from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.targets import speedup_budget
 
 
@@ -100,8 +101,8 @@ def test_scores_average_over_examples(name: str, score: object) -> None:
 def test_layers_are_dropped_from_the_top(family: str) -> None:
     model = tiny_model(family)
     scores = SCORERS["layers"](model, [], torch.Generator())
-    costs = Costs(model, length=6)
-    mask = keep_affordable(model, scores, speedup_budget(costs, 3.0))  # of 3 layers
+    costs = Costs(model, length=512)
+    mask = keep_affordable(model, scores, speedup_budget(costs, 3.0), whatever_it_costs=True)  # of 3 layers
     shares = [len(mask.kept_units(part)) / part.num_units for part in costs.sublayers]
     assert shares == [1, 1, 0, 0, 0, 0]
 
@@ -182,6 +183,15 @@ def test_hard_concrete_gates_are_folded_into_the_readers() -> None:
         behind_gates = outputs(model, batch())
     gates.choose_()
     torch.testing.assert_close(outputs(model, batch()), behind_gates, rtol=1e-6, atol=1e-6)
+
+
+def test_movement_goes_by_the_score_whatever_its_sign() -> None:
+    model = tiny_model("bert")
+    gates = MovementGates(model, speedup_budget(Costs(model, length=512), 1.1))
+    for part in gates.sublayers:
+        gates.scores[part.path] -= 10 if part.unit is Unit.HEAD else 1
+    mask = gates.choose_()
+    assert all(len(mask.kept_units(part)) == part.num_units for part in gates.sublayers if part.unit is Unit.NEURON)
 
 
 def test_closed_gates_of_movement_can_open_again() -> None:

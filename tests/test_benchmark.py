@@ -18,6 +18,7 @@ from benchmarks.results import Results, Run, latency_table, score_table
 from glue_samples import write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
+from transformers import AutoModel, BertConfig
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
@@ -160,16 +161,18 @@ def test_random_follows_its_seed() -> None:
     assert kept[0] == kept[1] != kept[2]
 
 
-def test_random_is_fair_to_heads() -> None:
-    model = tiny_model("bert")
-    costs = Costs(model, length=1)
+@pytest.mark.parametrize("length", [1, 512])
+def test_random_is_fair_to_heads(length: int) -> None:
+    config = BertConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=16, intermediate_size=256)
+    model = AutoModel.from_config(config)
+    costs = Costs(model, length=length)
     left: Counter[Unit] = Counter()
-    for seed in range(50):
+    for seed in range(15):
         scores = SCORERS["random"](model, [], torch.Generator().manual_seed(seed))
-        mask = keep_affordable(model, scores, speedup_budget(costs, 2.0))
+        mask = keep_affordable(model, scores, speedup_budget(costs, 2.0), whatever_it_costs=True)
         for sublayer in costs.sublayers:
             left[sublayer.unit] += len(mask.kept_units(sublayer)) / sublayer.num_units
-    assert left[Unit.HEAD] == pytest.approx(left[Unit.NEURON], rel=0.25)
+    assert left[Unit.HEAD] == pytest.approx(left[Unit.NEURON], rel=0.06)
 
 
 def row(method: str, seed: int, score: float, weights: int) -> dict[str, Any]:

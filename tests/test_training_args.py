@@ -116,3 +116,15 @@ def test_the_goal_is_told_in_words(tmp_path: Path, flags: list[str], goal: str) 
         *flags,
     ])
     assert args.goal == goal
+
+
+def test_a_share_of_steps_between_logs_is_no_share_between_evaluations(tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "load_best_model_at_end": True}
+    args = VDTrainingArguments(str(tmp_path), **options)
+    assert (args.logging_steps, args.eval_steps, args.save_steps) == (0.02, 500, 500)
+    assert VDTrainingArguments(str(tmp_path), eval_steps=7).eval_steps == 7
+
+
+def test_hidden_states_need_a_teacher(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`hidden_distillation_weight` is 2, but `distillation_weight` is 0"):
+        VDTrainingArguments(str(tmp_path), hidden_distillation_weight=2.0, distillation_weight=0.0)

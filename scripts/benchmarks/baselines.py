@@ -23,10 +23,10 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, keep_within
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Slice, Sublayer, Unit
+from hf_vdneuron.sublayers import Slice, Unit
 
 
-__all__ = ["SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best", "per_unit"]
+__all__ = ["RANKINGS", "SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best"]
 
 #: Keyword arguments of a forward, batch by batch.
 Batches = Iterable[Mapping[str, Any]]
@@ -76,31 +76,7 @@ def at_random(model: nn.Module, batches: Batches, generator: torch.Generator) ->
     Returns:
         The scores.
     """
-    chances = {
-        sublayer.path: torch.rand(sublayer.num_units, generator=generator) for sublayer in find_sublayers(model)
-    }
-    return per_unit(model, chances)
-
-
-def per_unit(model: nn.Module, scores: Scores) -> Scores:
-    """Make scores that say what a unit is worth, whatever it costs, comparable to those that grow with its weights.
-
-    Args:
-        model: A dense model.
-        scores: The scores.
-
-    Returns:
-        The scores, times the number of weights of a unit.
-    """
-    sublayers = {sublayer.path: sublayer for sublayer in find_sublayers(model)}
-    return {path: _weights_of_a_unit(model, sublayers[path]) * values for path, values in scores.items()}
-
-
-def _weights_of_a_unit(model: nn.Module, sublayer: Sublayer) -> int:
-    parts = [(dense_layer(model, part.module), part) for part in sublayer.matrices]
-    return sum(
-        part.size * layer.weight.numel() // layer.weight.shape[feature_axis(layer, part.axis)] for layer, part in parts
-    )
+    return {sublayer.path: torch.rand(sublayer.num_units, generator=generator) for sublayer in find_sublayers(model)}
 
 
 def layers(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
@@ -116,8 +92,7 @@ def layers(model: nn.Module, batches: Batches, generator: torch.Generator) -> Sc
     """
     sublayers = find_sublayers(model)
     depth = {path: index for index, path in enumerate(dict.fromkeys(_layer_of(part.path) for part in sublayers))}
-    scores = {part.path: torch.full((part.num_units,), 1.0 / (1 + depth[_layer_of(part.path)])) for part in sublayers}
-    return per_unit(model, scores)
+    return {part.path: torch.full((part.num_units,), 1.0 / (1 + depth[_layer_of(part.path)])) for part in sublayers}
 
 
 def _layer_of(path: str) -> str:
@@ -164,7 +139,13 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def keep_affordable(model: nn.Module, scores: Scores, budget: Budget) -> RelevanceMask:
+#: Baselines whose scores say which unit goes first whatever it costs.
+RANKINGS = frozenset({"layers", "random"})
+
+
+def keep_affordable(
+    model: nn.Module, scores: Scores, budget: Budget, *, whatever_it_costs: bool = False
+) -> RelevanceMask:
     """Keep the best units that a budget allows, by their scores per cost, and end the others on both sides.
 
     Ended on both sides, a unit leaves no constant behind.
@@ -173,11 +154,17 @@ def keep_affordable(model: nn.Module, scores: Scores, budget: Budget) -> Relevan
         model: A dense model.
         scores: What its units are worth.
         budget: What may be kept.
+        whatever_it_costs: Whether the scores alone say which units go first.
 
     Returns:
         The mask.
     """
     sublayers = find_sublayers(model)
+    if whatever_it_costs:
+        prices = {
+            part.path: (budget.cost({}) - budget.cost({part.path: 0})) / max(1, part.num_units) for part in sublayers
+        }
+        scores = {path: prices[path] * values for path, values in scores.items()}
     # Both sides of a unit are worth the same, so that both end with it.
     worth = {part.path: scores[part.path].expand(len(part.sides), -1) for part in sublayers}
     return keep_within(sublayers, worth, budget)

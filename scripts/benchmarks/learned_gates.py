@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.baselines import keep_affordable, per_unit
+from benchmarks.baselines import keep_affordable
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, UnitCounts
 from hf_vdneuron.layers import dense_layer, feature_axis
@@ -41,7 +41,7 @@ TEMPERATURE = 2 / 3
 #: Keeps the logit of uniform noise finite.
 NOISE_EPS = 1e-6
 
-#: Chance that a gate starts closed.
+#: Where gates start, as CoFi's `droprate_init`: 1 in 20 draws is below one half, 1 in 100 is zero.
 INITIAL_DROP_RATE = 0.05
 
 #: How far Adam can move the logit of a gate, and a multiplier, in a run. A logit starts at 3 and has to fall by 6 for
@@ -212,7 +212,7 @@ class HardConcreteGates(LearnedGates):
                     columns[index] *= gates.view(-1, *[1] * (columns.ndim - 1))
         # What a unit costs is in its logit already.
         open_ = {path: _chance_open(logits).cpu() for path, logits in self.logits.items()}
-        return keep_affordable(self.model, per_unit(self.model, open_), self.budget)
+        return keep_affordable(self.model, open_, self.budget, whatever_it_costs=True)
 
 
 def _stretched(concrete: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class MovementGates(LearnedGates):
         """
         full = self.budget.cost({})
         limit = self.budget.limit + (1 - step / self.num_steps) ** 3 * (full - self.budget.limit)
-        mask = keep_affordable(self.model, self.scores, replace(self.budget, limit=limit)) if limit < full else None
+        mask = self._keep(replace(self.budget, limit=limit)) if limit < full else None
         for part in self.sublayers:
             is_open = torch.ones(part.num_units) if mask is None else mask.keep[part.path].all(0).float()
             self.values[part.path] = is_open.to(self.device).requires_grad_()
@@ -268,7 +268,11 @@ class MovementGates(LearnedGates):
         Returns:
             What is kept of it.
         """
-        return keep_affordable(self.model, self.scores, self.budget)
+        return self._keep(self.budget)
+
+    def _keep(self, budget: Budget) -> RelevanceMask:
+        # Set against costs, what is dear would win among negative scores.
+        return keep_affordable(self.model, self.scores, budget, whatever_it_costs=True)
 
 
 #: Name of a baseline -> its gates.
