@@ -27,6 +27,7 @@ __all__ = [
     "keep_within",
     "speedup",
     "unit_counts",
+    "unit_prices",
     "units_left",
 ]
 
@@ -307,7 +308,7 @@ def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budg
             "with a lower `learning_rate` or smaller distances."
         )
     sizes = {sublayer.path: sublayer.num_units for sublayer in sublayers}
-    prices = {path: (budget.cost({}) - budget.cost({path: 0})) / max(1, size) for path, size in sizes.items()}
+    prices = unit_prices(sublayers, budget)
     # What costs nothing is not worth removing.
     weakest = {path: values if prices[path] > 0 else torch.full_like(values, inf) for path, values in weakest.items()}
     budget.require_reachable({path: int((~values.isfinite()).sum()) for path, values in weakest.items()})
@@ -328,6 +329,20 @@ def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budg
         sublayer.path: end_units(sublayer, (relevance[sublayer.path] == weakest[sublayer.path]) & gone[sublayer.path])
         for sublayer in sublayers
     })
+
+
+def unit_prices(sublayers: list[Sublayer], budget: Budget) -> dict[str, float]:
+    """Tell what a unit costs, on average over those of its sub-layer with all else complete.
+
+    Args:
+        sublayers: The sub-layers of a model.
+        budget: Says in what it costs.
+
+    Returns:
+        Path of each sub-layer -> price of one of its units.
+    """
+    full = budget.cost({})
+    return {part.path: (full - budget.cost({part.path: 0})) / max(1, part.num_units) for part in sublayers}
 
 
 def _count(removed: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, int]:

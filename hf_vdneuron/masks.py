@@ -87,9 +87,7 @@ def _slice_masks(model: nn.Module, side: Side, keep: Tensor) -> Iterable[tuple[D
     for part in side.slices:
         module = dense_layer(model, part.module)
         num_features = module.weight.shape[feature_axis(module, part.axis)]
-        features = part.features(torch.arange(len(keep)))
-        spread = torch.ones(num_features, dtype=torch.bool)
-        spread[features] = keep.cpu().unsqueeze(-1).expand_as(features)
+        spread = part.spread(keep.cpu(), num_features, elsewhere=True)
         yield module, part.axis, spread.to(module.weight.device)
 
 

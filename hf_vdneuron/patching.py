@@ -42,10 +42,7 @@ class _Claim:
 
     def feature_group(self) -> Tensor:
         """Tell the unit of each feature, shape `(num_units * size,)`."""
-        units = torch.arange(self.num_units)
-        group = units.new_empty(self.num_units * self.part.size)
-        group[self.part.features(units)] = units.unsqueeze(-1)
-        return group
+        return self.part.spread(torch.arange(self.num_units), self.num_units * self.part.size, elsewhere=-1)
 
 
 def _claims(sublayer: Sublayer, config: VDConfig) -> Iterator[_Claim]:

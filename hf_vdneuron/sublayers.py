@@ -89,6 +89,21 @@ class Slice:
         first = self.offset + units.unsqueeze(-1) * stride
         return first + torch.arange(self.size, device=units.device)
 
+    def spread(self, values: Tensor, num_features: int, *, elsewhere: float) -> Tensor:
+        """Give each feature the value of the unit that owns it.
+
+        Args:
+            values: One value per unit, shape `(..., num_units)`.
+            num_features: Features of the weight matrix along `axis`.
+            elsewhere: Value of features that no unit owns.
+
+        Returns:
+            One value per feature, shape `(..., num_features)`, in the dtype and on the device of `values`.
+        """
+        features = self.features(torch.arange(values.shape[-1], device=values.device)).flatten()
+        empty = values.new_full((*values.shape[:-1], num_features), elsewhere)
+        return empty.index_copy(-1, features, values.repeat_interleave(self.size, dim=-1))
+
 
 @dataclass(frozen=True)
 class Side:

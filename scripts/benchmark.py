@@ -137,7 +137,8 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
         return model, cell.settings.recover_steps, courses
     if run.method in LEARNED_GATES and run.target_speedup is not None:
         costs = Costs(model, length=cell.settings.max_length)
-        gates = LEARNED_GATES[run.method](model, speedup_budget(costs, run.target_speedup))
+        budget = speedup_budget(costs, run.target_speedup)
+        gates = LEARNED_GATES[run.method](model, budget, cell.settings.sparsify_steps)
         prune_model_(model, cell.learn(model, gates))
         return model, cell.settings.recover_steps, {}
     prune_model_(model, choose(cell, run, model, results))

@@ -115,16 +115,14 @@ class At:
     """What a callback looks at."""
 
     global_step: int
-    max_steps: int
 
 
-def learn_(gates: LearnedGates, pull: Mapping[str, Tensor], num_steps: int) -> None:
+def learn_(gates: LearnedGates, pull: Mapping[str, Tensor]) -> None:
     """Run gates as a trainer would, under a loss that is linear in them."""
-    gates.on_train_begin(None, At(0, num_steps), None)
-    for step in range(num_steps):
-        gates.on_step_begin(None, At(step, num_steps), None)
+    for step in range(gates.num_steps):
+        gates.on_step_begin(None, At(step), None)
         sum((gates.values[path] * slope).sum() for path, slope in pull.items()).backward()
-        gates.on_pre_optimizer_step(None, At(step, num_steps), None)
+        gates.on_pre_optimizer_step(None, At(step), None)
 
 
 @pytest.mark.parametrize("name", LEARNED_GATES)
@@ -134,10 +132,10 @@ def test_gates_keep_what_the_loss_needs_and_meet_the_target(name: str, target: f
     model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
     (sublayer,) = find_sublayers(model)
     costs = Costs(model, length=1)
-    gates = LEARNED_GATES[name](model, speedup_budget(costs, target))
+    gates = LEARNED_GATES[name](model, speedup_budget(costs, target), 200)
     # The loss falls as gates of even units open, the more the higher their number.
     pull = torch.where(torch.arange(40) % 2 == 0, -torch.linspace(0.5, 1, 40), 0.0)
-    learn_(gates, {sublayer.path: pull}, 200)
+    learn_(gates, {sublayer.path: pull})
     kept = gates.choose_().kept_units(sublayer)
     assert cost_ratio(costs.macs({}), costs.macs({sublayer.path: len(kept)})) >= target
     even = set(range(0, 40, 2))
@@ -148,8 +146,8 @@ def test_hard_concrete_gates_obey_the_constraint_in_expectation() -> None:
     torch.manual_seed(0)
     model = tiny_model("bert", dtype=torch.float32)
     costs = Costs(model, length=6)
-    gates = HardConcreteGates(model, speedup_budget(costs, 2.0))
-    learn_(gates, {path: torch.zeros_like(logits) for path, logits in gates.logits.items()}, 300)
+    gates = HardConcreteGates(model, speedup_budget(costs, 2.0), 300)
+    learn_(gates, {path: torch.zeros_like(logits) for path, logits in gates.logits.items()})
     expected = {
         path: torch.sigmoid(logits - 2 / 3 * math.log(0.1 / 1.1)).sum() for path, logits in gates.logits.items()
     }
@@ -160,7 +158,7 @@ def test_chance_and_samples_of_hard_concrete_gates_agree() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     (sublayer,) = find_sublayers(model)
-    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=1), 2.0))
+    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=1), 2.0), 10)
     logits = torch.tensor([-3.0, -1.0, 0.0, 2.0])
     gates.logits[sublayer.path] = logits
     draws = 20_000
@@ -175,7 +173,7 @@ def test_chance_and_samples_of_hard_concrete_gates_agree() -> None:
 @torch.no_grad()
 def test_hard_concrete_gates_are_folded_into_the_readers() -> None:
     model = tiny_model("bert")
-    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=6), 1.2))
+    gates = HardConcreteGates(model, speedup_budget(Costs(model, length=6), 1.2), 10)
     for logits in gates.logits.values():
         logits.uniform_(-2, 2)
     values = {path: (1.2 * torch.sigmoid(logits).double() - 0.1).clamp(0, 1) for path, logits in gates.logits.items()}
@@ -187,7 +185,7 @@ def test_hard_concrete_gates_are_folded_into_the_readers() -> None:
 
 def test_movement_goes_by_the_score_whatever_its_sign() -> None:
     model = tiny_model("bert")
-    gates = MovementGates(model, speedup_budget(Costs(model, length=512), 1.1))
+    gates = MovementGates(model, speedup_budget(Costs(model, length=512), 1.1), 10)
     for part in gates.sublayers:
         gates.scores[part.path] -= 10 if part.unit is Unit.HEAD else 1
     mask = gates.choose_()
@@ -197,8 +195,7 @@ def test_movement_goes_by_the_score_whatever_its_sign() -> None:
 def test_closed_gates_of_movement_can_open_again() -> None:
     model = nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2))
     (sublayer,) = find_sublayers(model)
-    gates = MovementGates(model, speedup_budget(Costs(model, length=1), 2.0))
-    gates.on_train_begin(None, At(0, 10), None)
+    gates = MovementGates(model, speedup_budget(Costs(model, length=1), 2.0), 10)
     gates.scores[sublayer.path] = torch.arange(10.0)
     gates.set_(9)
     assert gates.values[sublayer.path][0] == 0

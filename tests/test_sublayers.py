@@ -37,3 +37,21 @@ def test_sublayer_lists_sides_before_companions() -> None:
     assert sublayer.slices == (value, columns, query, norm)
     assert sublayer.matrices == (value, columns, query)
     assert sublayer.out_side.name is SideName.OUT
+
+
+@pytest.mark.parametrize(
+    ("part", "num_features", "expected"),
+    [
+        pytest.param(Slice("m", Role.OUTPUT, Axis.IN), 3, [5, 6, 7], id="packed"),
+        pytest.param(Slice("m", Role.VALUE, Axis.OUT, size=2), 6, [5, 5, 6, 6, 7, 7], id="heads"),
+        pytest.param(Slice("m", Role.KEY, Axis.OUT, size=1, stride=2, offset=1), 7, [0, 5, 0, 6, 0, 7, 0], id="fused"),
+    ],
+)
+def test_values_of_units_spread_over_their_features(part: Slice, num_features: int, expected: list[int]) -> None:
+    values = torch.tensor([5.0, 6.0, 7.0], requires_grad=True)
+    spread = part.spread(values, num_features, elsewhere=0)
+    assert spread.tolist() == expected
+    spread.sum().backward()
+    assert values.grad.tolist() == [part.size] * 3
+    rows = part.spread(torch.stack([values, -values]), num_features, elsewhere=0)
+    assert torch.equal(rows, torch.stack([spread, -spread]))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.gates import gate_gradients
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.budget import Budget, keep_within
+from hf_vdneuron.budget import Budget, keep_within, unit_prices
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Slice, Unit
@@ -161,9 +161,7 @@ def keep_affordable(
     """
     sublayers = find_sublayers(model)
     if whatever_it_costs:
-        prices = {
-            part.path: (budget.cost({}) - budget.cost({part.path: 0})) / max(1, part.num_units) for part in sublayers
-        }
+        prices = unit_prices(sublayers, budget)
         scores = {path: prices[path] * values for path, values in scores.items()}
     # Both sides of a unit are worth the same, so that both end with it.
     worth = {part.path: scores[part.path].expand(len(part.sides), -1) for part in sublayers}

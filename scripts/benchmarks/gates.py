@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.layers import DenseLayer, dense_layer
-from hf_vdneuron.sublayers import Slice, Sublayer
+from hf_vdneuron.sublayers import Slice
 
 
 __all__ = ["gate_gradients", "gated"]
@@ -39,35 +39,25 @@ def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Generator[None]:
     with ExitStack() as hooks:
         for sublayer in find_sublayers(model):
             for part in sublayer.sides[-1].slices:
-                hook = partial(_apply_gates, part=part, sublayer=sublayer, gates=gates)
+                hook = partial(_apply_gates, part=part, path=sublayer.path, gates=gates)
                 hooks.callback(dense_layer(model, part.module).register_forward_pre_hook(hook).remove)
         yield
 
 
 def _apply_gates(
-    reader: DenseLayer, inputs: tuple[Tensor, ...], *, part: Slice, sublayer: Sublayer, gates: Mapping[str, Tensor]
+    reader: DenseLayer, inputs: tuple[Tensor, ...], *, part: Slice, path: str, gates: Mapping[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    own = gates.get(sublayer.path)
+    own = gates.get(path)
     if own is None:
         return inputs
     (signal,) = inputs
     axis = 1 if isinstance(reader, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
-    owner = _unit_of_feature(part, sublayer.num_units, signal.shape[axis]).to(own.device)
-    # Features of no unit have a gate of 1.
-    per_feature = nn.functional.pad(own, (0, 1), value=1.0)[..., owner]
+    per_feature = part.spread(own, signal.shape[axis], elsewhere=1)
     shape = [1] * signal.ndim
     shape[axis] = -1
     if own.ndim > 1:
         shape[0] = len(own)
     return (signal * per_feature.view(shape).to(signal.dtype),)
-
-
-def _unit_of_feature(part: Slice, num_units: int, num_features: int) -> Tensor:
-    """Tell which unit owns each feature; `num_units` stands for none."""
-    features = part.features(torch.arange(num_units))
-    owner = torch.full((num_features,), num_units)
-    owner[features.flatten()] = torch.arange(num_units).repeat_interleave(features.shape[1])
-    return owner
 
 
 def gate_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -59,34 +59,19 @@ class LearnedGates(TrainerCallback, ABC):
     Args:
         model: The dense model.
         budget: What may be kept in the end.
+        num_steps: Steps of the run.
 
     Attributes:
         values: Path of each sub-layer -> its gates in the coming forward, shape `(num_units,)`.
-        num_steps: Steps of the run.
     """
 
-    num_steps: int
-
-    def __init__(self, model: nn.Module, budget: Budget) -> None:
+    def __init__(self, model: nn.Module, budget: Budget, num_steps: int) -> None:
         self.model = model
         self.sublayers = find_sublayers(model)
         self.budget = budget
+        self.num_steps = num_steps
         self.device = next(model.parameters()).device
         self.values: dict[str, Tensor] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_run: Any
-    ) -> None:
-        """Start a run.
-
-        Args:
-            args: Arguments of the run.
-            state: Where it stands.
-            control: Not used.
-            **_run: Not used.
-        """
-        self.num_steps = state.max_steps
-        self.begin_()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_run: Any
@@ -113,9 +98,6 @@ class LearnedGates(TrainerCallback, ABC):
             **_run: Not used.
         """
         self.learn_(state.global_step)
-
-    def begin_(self) -> None:
-        """Start a run of `num_steps` steps."""
 
     @abstractmethod
     def set_(self, step: int) -> None:
@@ -153,21 +135,19 @@ class HardConcreteGates(LearnedGates):
     Args:
         model: The dense model.
         budget: What may be kept in the end.
+        num_steps: Steps of the run.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget) -> None:
-        super().__init__(model, budget)
+    def __init__(self, model: nn.Module, budget: Budget, num_steps: int) -> None:
+        super().__init__(model, budget, num_steps)
         start = torch.logit(torch.tensor(1 - INITIAL_DROP_RATE)).item()
         self.logits = {
             part.path: torch.full((part.num_units,), start, device=self.device, requires_grad=True)
             for part in self.sublayers
         }
         self.multipliers = torch.zeros(2, device=self.device, requires_grad=True)
-
-    def begin_(self) -> None:
-        """Make the optimizer of gates and multipliers."""
-        gates = {"params": [*self.logits.values()], "lr": LOGIT_DISTANCE / self.num_steps}
-        multipliers = {"params": [self.multipliers], "lr": MULTIPLIER_DISTANCE / self.num_steps, "maximize": True}
+        gates = {"params": [*self.logits.values()], "lr": LOGIT_DISTANCE / num_steps}
+        multipliers = {"params": [self.multipliers], "lr": MULTIPLIER_DISTANCE / num_steps, "maximize": True}
         self.optimizer = torch.optim.Adam([gates, multipliers])
 
     def set_(self, step: int) -> None:
@@ -206,10 +186,9 @@ class HardConcreteGates(LearnedGates):
             gates = _stretched(torch.sigmoid(self.logits[part.path]))
             for read in part.sides[-1].slices:
                 layer = dense_layer(self.model, read.module)
-                columns = layer.weight.movedim(feature_axis(layer, Axis.IN), 0)
-                features = read.features(torch.arange(part.num_units, device=self.device))
-                for index in features.T:  # the same feature of each unit
-                    columns[index] *= gates.view(-1, *[1] * (columns.ndim - 1))
+                axis = feature_axis(layer, Axis.IN)
+                factor = read.spread(gates, layer.weight.shape[axis], elsewhere=1)
+                layer.weight.transpose(axis, -1).mul_(factor)
         # What a unit costs is in its logit already.
         open_ = {path: _chance_open(logits).cpu() for path, logits in self.logits.items()}
         return keep_affordable(self.model, open_, self.budget, whatever_it_costs=True)
@@ -233,10 +212,11 @@ class MovementGates(LearnedGates):
     Args:
         model: The dense model.
         budget: What may be kept in the end.
+        num_steps: Steps of the run.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget) -> None:
-        super().__init__(model, budget)
+    def __init__(self, model: nn.Module, budget: Budget, num_steps: int) -> None:
+        super().__init__(model, budget, num_steps)
         self.scores = {part.path: torch.zeros(part.num_units) for part in self.sublayers}
 
     def set_(self, step: int) -> None:
@@ -276,7 +256,7 @@ class MovementGates(LearnedGates):
 
 
 #: Name of a baseline -> its gates.
-LEARNED_GATES: dict[str, Callable[[nn.Module, Budget], LearnedGates]] = {
+LEARNED_GATES: dict[str, Callable[[nn.Module, Budget, int], LearnedGates]] = {
     "l0": HardConcreteGates,
     "movement": MovementGates,
 }
