@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upload a saved model to the Hub: files of an allow-list only, in one commit, without secrets or local paths."""
 
+import html
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
@@ -272,8 +273,10 @@ def _name_in_card(files: Mapping[str, Path]) -> str | None:
 
 def _renamed(text: str, old: str, new: str) -> str:
     """Let the lines that load a model, in a card or on a page, load it from elsewhere."""
-    for quote in ('"', "&#34;"):
-        text = text.replace(f"from_pretrained({quote}{old}{quote}", f"from_pretrained({quote}{new}{quote}")
+    for quote, written in (('"', str), ("&#34;", html.escape)):
+        text = text.replace(
+            f"from_pretrained({quote}{written(old)}{quote}", f"from_pretrained({quote}{written(new)}{quote}"
+        )
     return text
 
 

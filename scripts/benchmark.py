@@ -88,10 +88,14 @@ class BenchmarkArguments:
         """Check the methods.
 
         Raises:
-            ValueError: If one is unknown.
+            ValueError: If one is unknown, or all of them lack the target that they need.
         """
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(METHODS)}")
+        if not self.target_speedups and set(self.methods) <= LEARNED_GATES.keys():
+            raise ValueError(
+                f"`methods` holds {self.methods}, which learn to meet a target: set `target_speedups` too"
+            )
 
     @property
     def settings(self) -> Settings:

@@ -117,6 +117,12 @@ def test_an_unknown_method_is_named(samples: Path, tmp_path: Path, capsys: pytes
     assert "`methods` holds ['best']" in capsys.readouterr().err
 
 
+def test_gates_that_learn_need_a_target(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(flags(samples, tmp_path, "--methods", "l0", "movement"))
+    assert "set `target_speedups` too" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_magnitude_keeps_the_largest() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

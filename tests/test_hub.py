@@ -203,10 +203,11 @@ def test_the_card_speaks_of_where_it_lies(hub: Hub, out: Path) -> None:
 
 def test_so_does_the_page(hub: Hub, out: Path) -> None:
     load = "<code>model = hf_vdneuron.from_pretrained(&#34;{}&#34;)</code>"
-    write(out / "report.html", load.format("OUT"))
+    write(out / "README.md", (out / "README.md").read_text().replace("name: OUT", "name: a&b"))
+    write(out / "report.html", load.format("a&amp;b"))
     push_folder(out, NAME)
     assert hub.repos[NAME].files["report.html"].decode() == load.format(NAME)
-    assert (out / "report.html").read_text() == load.format("OUT")
+    assert (out / "report.html").read_text() == load.format("a&amp;b")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def gated(model: nn.Module, gates: Mapping[str, Tensor]) -> Generator[None]:
     """
     with ExitStack() as hooks:
         for sublayer in find_sublayers(model):
-            for part in sublayer.sides[-1].slices:
+            for part in sublayer.out_side.slices:
                 hook = partial(_apply_gates, part=part, path=sublayer.path, gates=gates)
                 hooks.callback(dense_layer(model, part.module).register_forward_pre_hook(hook).remove)
         yield

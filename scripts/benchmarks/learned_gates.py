@@ -184,7 +184,7 @@ class HardConcreteGates(LearnedGates):
         """
         for part in self.sublayers:
             gates = _stretched(torch.sigmoid(self.logits[part.path]))
-            for read in part.sides[-1].slices:
+            for read in part.out_side.slices:
                 layer = dense_layer(self.model, read.module)
                 axis = feature_axis(layer, Axis.IN)
                 factor = read.spread(gates, layer.weight.shape[axis], elsewhere=1)
