@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from hf_vdneuron.drawing import LIGHT, TEXT_SIZE, Drawing, canvas
-from hf_vdneuron.report import DropoutRateReport, RunReport
+from hf_vdneuron.report import DropoutRateReport, RunReport, SizesReport
 from hf_vdneuron.schedules import PhasePlan
 
 
@@ -46,10 +46,11 @@ def draw_run(report: RunReport) -> list[Drawing]:
         report: What came out.
 
     Returns:
-        The figures in the order in which they tell the story: `heads`, `neurons`, `cost`, `score`, then the curves
-        `loss`, `units`, `kl`, `kl_weight`, `speedup`, `removal`, `eval_score`, and `dropout_rates`.
+        The figures in the order in which they tell the story: `heads`, `neurons`, `cost`, `score`, `sizes`, then the
+        curves `loss`, `units`, `kl`, `kl_weight`, `speedup`, `removal`, `eval_score`, and `dropout_rates`.
     """
     drawings = [_draw_heads(report), _draw_neurons(report), _draw_cost(report), _draw_score(report)]
+    drawings.append(_draw_sizes(report.training.sizes))
     drawings += [_draw_panel(panel, report) for panel in PANELS]
     drawings.append(_draw_dropout_rates(report.training.dropout_rates))
     return [drawing for drawing in drawings if drawing is not None]
@@ -167,6 +168,42 @@ def _draw_score(report: RunReport) -> Drawing | None:
     axes.yaxis.set_visible(False)
     told = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
     return Drawing("score", "Score", "Mean of the task's metrics, in percent.", f"{told}.", figure)
+
+
+def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
+    """Metric against speed-up over all cuts of one posterior, with the one that was made."""
+    if sizes is None:
+        return None
+    title = "Sizes to choose from"
+    figure, axes = canvas(title, CURVES_HEIGHT)
+    axes.axhline(sizes.dense, lw=1, color=LIGHT["muted"], label="dense")
+    axes.axhline(sizes.limit, lw=1, ls="--", color=LIGHT["muted"], label="limit")
+    axes.plot(sizes.speedups, sizes.values, "o-", lw=1.5, ms=3.5, color=LIGHT["first"], label="right after the cut")
+    told = [f"dense {sizes.dense:.4g}", f"at worst {sizes.limit:.4g} allowed"]
+    if sizes.chosen is None:
+        told.append("no cut is good enough")
+    else:
+        place = sizes.speedups[sizes.chosen]
+        axes.plot(
+            place, sizes.values[sizes.chosen], "o", ms=9, mfc="none", mew=1.6, color=LIGHT["second"], label="made"
+        )
+        told.append(f"the cut that was made is {place:.2f} times as fast, at {sizes.values[sizes.chosen]:.4g}")
+        if sizes.final is not None:
+            axes.plot(place, sizes.final, "D", ms=5, color=LIGHT["third"], label="in the end")
+            told.append(f"in the end {sizes.final:.4g}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set_xlabel("speed-up of heads and neurons", fontsize=TEXT_SIZE, color=LIGHT["muted"])
+    axes.grid(axis="y", color=LIGHT["line"], lw=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=1.2)
+    caption = (
+        f"{sizes.metric.capitalize()} of cuts of many sizes from the same posterior, on the rows that choices are "
+        "made on. The smallest within the limit was made, and recovered."
+    )
+    return Drawing("sizes", title, caption, f"{'; '.join(told)}.".capitalize(), figure)
 
 
 # ---- How training went ----

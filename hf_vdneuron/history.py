@@ -10,9 +10,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from hf_vdneuron.relevance import log_alpha_histogram
-from hf_vdneuron.report import Curve, DropoutRateReport, TrainingReport
+from hf_vdneuron.report import Curve, DropoutRateReport, SizesReport, TrainingReport
 from hf_vdneuron.schedules import PhasePlan
-from hf_vdneuron.training_args import VDTrainingArguments
+from hf_vdneuron.tolerance import CUT_SPEEDUP, CUT_VALUE, DENSE_VALUE, FINAL_VALUE
+from hf_vdneuron.training_args import Tolerance, VDTrainingArguments
 
 
 __all__ = ["PosteriorCallback", "report_training"]
@@ -80,15 +81,19 @@ def _log_dropout_rates(model: nn.Module, threshold: float, state: TrainerState) 
     log_history.append({"step": state.global_step, DROPOUT_RATES: histogram})
 
 
-def report_training(log_history: Sequence[dict[str, Any]], phases: PhasePlan) -> TrainingReport:
+def report_training(
+    log_history: Sequence[dict[str, Any]], phases: PhasePlan, tolerance: Tolerance | None = None
+) -> TrainingReport:
     """Read how a run went from its log.
 
     Args:
         log_history: Log of the trainer's state.
         phases: Steps of each phase.
+        tolerance: By which the run chose its size, if it did.
 
     Returns:
-        Curves of what was logged, without values that are not finite, and the dropout rates if they were.
+        Curves of what was logged, without values that are not finite, the dropout rates if they were, and the sizes
+        that the tolerance had to choose from.
     """
     curves: dict[str, Curve] = {}
     dropout_rates = None
@@ -100,4 +105,28 @@ def report_training(log_history: Sequence[dict[str, Any]], phases: PhasePlan) ->
                 curve.values.append(entry[name])
         if DROPOUT_RATES in entry:
             dropout_rates = DropoutRateReport(**entry[DROPOUT_RATES])
-    return TrainingReport(phases, curves, dropout_rates)
+    sizes = None if tolerance is None else _report_sizes(log_history, tolerance)
+    return TrainingReport(phases, curves, dropout_rates, sizes)
+
+
+def _report_sizes(log_history: Sequence[dict[str, Any]], tolerance: Tolerance) -> SizesReport | None:
+    """Read the cuts that a tolerance had to choose from; None if the run never came so far."""
+    dense, final = (
+        next((entry[name] for entry in reversed(log_history) if name in entry), None)
+        for name in (DENSE_VALUE, FINAL_VALUE)
+    )
+    cuts = [(entry[CUT_SPEEDUP], entry[CUT_VALUE]) for entry in log_history if CUT_SPEEDUP in entry]
+    # JSON knows no infinity, which is the speed-up where nothing at all is left.
+    cuts = [(speedup, value) for speedup, value in cuts if isfinite(speedup) and isfinite(value)]
+    if dense is None or not cuts:
+        return None
+    good = [index for index, (_, value) in enumerate(cuts) if tolerance.allows(value, dense)]
+    return SizesReport(
+        metric=tolerance.metric,
+        dense=dense,
+        limit=tolerance.limit(dense),
+        speedups=[speedup for speedup, _ in cuts],
+        values=[value for _, value in cuts],
+        chosen=max(good, default=None),
+        final=final,
+    )

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerState
 from hf_vdneuron.checks import require_all_phases, require_own_teacher, require_posterior
 from hf_vdneuron.distillation import Teacher
 from hf_vdneuron.elbo import em_step_, set_variational_, variational_layers
-from hf_vdneuron.masks import mask_model_
+from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.monitoring import RunningMeans
 from hf_vdneuron.optimization import reset_variational_
 from hf_vdneuron.schedules import Phase
@@ -29,21 +29,28 @@ class PhaseCallback(TrainerCallback):
 
     Args:
         teacher: Takes the fine-tuned model.
-        steering: Weighs the KL and chooses what is kept.
+        steering: Weighs the KL.
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
+        choose: Function that says what the trained posterior keeps.
 
     Attributes:
         is_cut: Whether this run has masked what is irrelevant.
     """
 
     def __init__(
-        self, teacher: Teacher, steering: Steering, means: RunningMeans, score: Callable[[str], None]
+        self,
+        teacher: Teacher,
+        steering: Steering,
+        means: RunningMeans,
+        score: Callable[[str], None],
+        choose: Callable[[], RelevanceMask],
     ) -> None:
         self.teacher = teacher
         self.steering = steering
         self.means = means
         self.score = score
+        self.choose = choose
         self.is_cut = False
 
     def on_train_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
@@ -85,7 +92,7 @@ class PhaseCallback(TrainerCallback):
             reset_variational_(run["optimizer"])
             self.steering.look_(model, plan, step=step)
         if plan.sparsify_steps and step == plan.recover_start:
-            self._cut_(model, args)
+            self._cut_(model)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
         set_variational_(model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
 
@@ -128,10 +135,10 @@ class PhaseCallback(TrainerCallback):
         """
         plan, model = args.phase_plan(state.max_steps), run["model"]
         if plan.sparsify_steps and state.global_step > plan.sparsify_start and not self.is_cut:
-            self._cut_(model, args)
+            self._cut_(model)
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
-    def _cut_(self, model: nn.Module, args: VDTrainingArguments) -> None:
-        mask_model_(model, self.steering.mask(model, args))
+    def _cut_(self, model: nn.Module) -> None:
+        mask_model_(model, self.choose())
         self.is_cut = True
         self.score("cut")

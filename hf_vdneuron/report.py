@@ -24,6 +24,7 @@ __all__ = [
     "ModelReport",
     "RunReport",
     "ScoreReport",
+    "SizesReport",
     "SpeedReport",
     "TrainingReport",
     "environment",
@@ -132,6 +133,29 @@ class DropoutRateReport:
 
 
 @dataclass(frozen=True)
+class SizesReport:
+    """What cuts of many sizes from one posterior are worth, where a tolerance chose among them.
+
+    Args:
+        metric: Name of the metric they were judged by, on the rows that choices are made on.
+        dense: The dense model's.
+        limit: The worst that was allowed.
+        speedups: Dense over kept multiply-accumulates of each cut, not falling.
+        values: Its metric, before any recovery.
+        chosen: Index of the cut that was made, None if none was good enough.
+        final: Metric of what the run ended with.
+    """
+
+    metric: str
+    dense: float
+    limit: float
+    speedups: list[float]
+    values: list[float]
+    chosen: int | None
+    final: float | None
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """How a run went.
 
@@ -139,11 +163,13 @@ class TrainingReport:
         phases: Steps of each phase, as planned.
         curves: What was logged in training, by name.
         dropout_rates: Where the posterior ended, None if none was trained.
+        sizes: What a tolerance had to choose from, None without one.
     """
 
     phases: PhasePlan
     curves: dict[str, Curve]
     dropout_rates: DropoutRateReport | None
+    sizes: SizesReport | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ __all__ = ["render_page"]
 TEMPLATE = "report_page.html"
 
 #: Names of the figures in each section of the page; those that are named nowhere tell of training.
-RESULT, REMOVED = ("score", "cost"), ("heads", "neurons")
+RESULT, REMOVED = ("score", "cost", "sizes"), ("heads", "neurons")
 
 
 def render_page(

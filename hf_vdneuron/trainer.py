@@ -27,6 +27,7 @@ from hf_vdneuron.distillation import (
     require_hidden_states,
 )
 from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.judging_trainer import JudgingTrainer
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
@@ -35,7 +36,7 @@ from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.phases import PhaseCallback
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
-from hf_vdneuron.resumable_trainer import ResumableTrainer, Trial
+from hf_vdneuron.resumable_trainer import Trial
 from hf_vdneuron.schedules import Phase, PhasePlan
 from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
@@ -48,12 +49,13 @@ __all__ = ["VDTrainer"]
 DEFAULT_LENGTH = 128
 
 
-class VDTrainer(ResumableTrainer):
+class VDTrainer(JudgingTrainer):
     r"""Fine-tunes, sparsifies and recovers a model in one `train()`.
 
     In sparsification it minimises, per example, `nll + kl_weight * kl / num_data` (1): the KL counts once per
-    optimizer step, and EM moves the prior once after it. Then what the target leaves no room for is masked, or without
-    one what the dropout-rate rule finds irrelevant, and recovery trains the rest. `prune()` removes it for good.
+    optimizer step, and EM moves the prior once after it. Then what the target leaves no room for is masked, or what a
+    tolerance can do without, or without either what the dropout-rate rule finds irrelevant, and recovery trains the
+    rest. `prune()` removes it for good.
 
     Args:
         model: Model to train. A dense one is patched in place.
@@ -66,7 +68,8 @@ class VDTrainer(ResumableTrainer):
 
     Raises:
         ValueError: If the arguments are of the wrong class, a patched model comes with a config, the optimizer with a
-            scheduler, the data without a length, or the run with a parallelism that loses the KL.
+            scheduler, the data without a length, a tolerance without data to judge by, or the run with a parallelism
+            that loses the KL.
     """
 
     args: VDTrainingArguments
@@ -94,7 +97,7 @@ class VDTrainer(ResumableTrainer):
         self._means = RunningMeans()
         self._honours_num_items: bool | None = None
         self._steering = Steering(max_length, lambda: self.num_data)
-        self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score)
+        self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score, self._choose)
         if model is not None:
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
@@ -102,6 +105,7 @@ class VDTrainer(ResumableTrainer):
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False).eval()
         self.add_callback(self._phases)
+        self._watch_tolerance_()
         if self.train_dataset is not None and args.sparsify_fraction > 0:
             self.num_data  # noqa: B018  # refuses data of unknown length
 
@@ -293,36 +297,16 @@ class VDTrainer(ResumableTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # ---- Milestones and what is left ----
-
-    def _score(self, milestone: str) -> None:
-        """Evaluate at a boundary, and log the metrics under its name."""
-        if self.eval_dataset is None:
-            return
-        for name in self.eval_dataset if isinstance(self.eval_dataset, dict) else [None]:
-            prefix = milestone if name is None else f"{milestone}_{name}"
-            output = self.evaluation_loop(self.get_eval_dataloader(name), prefix, metric_key_prefix=prefix)
-            self.log(output.metrics or {})
-
-    def milestone(self, name: str) -> float | None:
-        """Look up a metric of the dense model (`dense_...`) or right after the cut (`cut_...`) in the log.
-
-        Args:
-            name: Name of the metric, such as `dense_score`.
-
-        Returns:
-            Its value; None if it was not measured.
-        """
-        return next((logs[name] for logs in reversed(self.state.log_history) if name in logs), None)
+    # ---- What is left ----
 
     def mask(self) -> RelevanceMask:
-        """Tell what is kept: by the target or the rule until the cut of a run, by the masks after it.
+        """Tell what is kept: by the target, tolerance or rule until the cut of a run, by the masks after it.
 
         Returns:
             The mask that `prune()` would apply now.
         """
         if self._is_to_be_cut:
-            return self._steering.mask(self.model, self.args)
+            return self._choose()
         return read_mask(self.model)
 
     @property

@@ -13,10 +13,58 @@ from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, Phase, PhasePlan
 
 
-__all__ = ["SpeedupFrom", "VDTrainingArguments"]
+__all__ = ["SpeedupFrom", "Tolerance", "VDTrainingArguments"]
 
-#: The options that say what to arrive at. At most one is set.
+#: The options that say what to arrive at, and those that say what it may cost. At most one of all is set.
 _TARGETS = ("target_speedup", "target_sparsity", "target_params")
+_TOLERANCES = ("max_metric_drop", "max_loss_increase")
+
+#: Name of the loss among the metrics of an evaluation.
+_LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much worse than the dense model a smaller one may be.
+
+    Args:
+        metric: What it is judged by, a metric of the evaluation without its prefix.
+        allowed: How far the metric may fall, or rise where small values are better; not negative.
+        greater_is_better: Which of the two.
+    """
+
+    metric: str
+    allowed: float
+    greater_is_better: bool
+
+    def limit(self, dense: float) -> float:
+        """Tell the worst value that is allowed.
+
+        Args:
+            dense: The dense model's value.
+
+        Returns:
+            The value.
+        """
+        return dense - self.allowed if self.greater_is_better else dense + self.allowed
+
+    def allows(self, value: float, dense: float) -> bool:
+        """Compare a smaller model with the dense one.
+
+        Args:
+            value: Its metric; one that is not a number is never allowed.
+            dense: The dense model's.
+
+        Returns:
+            Whether it is good enough. A drop from 0.90 to 0.89 is one of 0.01, whatever floating point says.
+
+        Example:
+            >>> Tolerance("accuracy", 0.01, greater_is_better=True).allows(0.89, dense=0.90)
+            True
+        """
+        limit = self.limit(dense)
+        is_better = value > limit if self.greater_is_better else value < limit
+        return is_better or math.isclose(value, limit, rel_tol=1e-9)
 
 
 class SpeedupFrom(StrEnum):
@@ -31,7 +79,14 @@ class SpeedupFrom(StrEnum):
 #: What a finite number has to be: names of the options, test, and the test in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
-        ("finetune_fraction", "sparsify_fraction", "recover_fraction", "hidden_distillation_weight"),
+        (
+            "finetune_fraction",
+            "sparsify_fraction",
+            "recover_fraction",
+            "hidden_distillation_weight",
+            "max_metric_drop",
+            "max_loss_increase",
+        ),
         lambda value: value >= 0,
         "a number of at least 0",
     ),
@@ -59,8 +114,9 @@ class VDTrainingArguments(TrainingArguments):
 
     A model that is fine-tuned already starts with `finetune_fraction=0`.
 
-    With one of the targets, the run arrives at it and finds the weight of the KL term on the way. Without any, the
-    weight is fixed and the dropout-rate rule decides how much goes.
+    With one of the targets, the run arrives at it and finds the weight of the KL term on the way. With a tolerance, as
+    much goes as the evaluation set allows. Without any, the dropout-rate rule decides how much goes. The weight is
+    fixed in both cases.
     """
 
     target_speedup: float | None = field(
@@ -82,6 +138,16 @@ class VDTrainingArguments(TrainingArguments):
     )
     target_params: int | None = field(
         default=None, metadata={"help": "How many parameters the whole model may have in the end."}
+    )
+    max_metric_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much worse than the dense model's `metric_for_best_model` may be on the evaluation set, in "
+            "its own units (0.01 is a point of accuracy): of cuts of many sizes, the smallest within it is kept."
+        },
+    )
+    max_loss_increase: float | None = field(
+        default=None, metadata={"help": "The same for the loss of an evaluation, in nats."}
     )
 
     logging_steps: float = field(
@@ -175,9 +241,10 @@ class VDTrainingArguments(TrainingArguments):
                 f"`hidden_distillation_weight` is {self.hidden_distillation_weight:g}, but `distillation_weight` is "
                 "0, which trains without a teacher: set both, or none."
             )
-        if self.target is not None and self.sparsify_fraction == 0:
+        asked = self.target or self._tolerance
+        if asked is not None and self.sparsify_fraction == 0:
             raise ValueError(
-                f"`{self.target}` is set, but `sparsify_fraction` is 0, so that nothing would be removed: give the "
+                f"`{asked}` is set, but `sparsify_fraction` is 0, so that nothing would be removed: give the "
                 "sparsification a share of the run, or leave the target out."
             )
         options = self.gradient_checkpointing_kwargs
@@ -226,14 +293,43 @@ class VDTrainingArguments(TrainingArguments):
         Raises:
             ValueError: If there are several.
         """
-        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        given = [name for name in (*_TARGETS, *_TOLERANCES) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} are set: expected at most one target.")
-        return given[0] if given else None
+        return given[0] if given and given[0] in _TARGETS else None
+
+    @property
+    def _tolerance(self) -> str | None:
+        """Name of the tolerance that is set."""
+        return next((name for name in _TOLERANCES if getattr(self, name) is not None), None)
+
+    @property
+    def tolerance(self) -> Tolerance | None:
+        """How much worse than the dense model the run may end, None if that is not what was asked for.
+
+        Raises:
+            ValueError: If it does not say which metric is meant.
+        """
+        if self.max_loss_increase is not None:
+            return Tolerance(_LOSS, self.max_loss_increase, greater_is_better=False)
+        if self.max_metric_drop is None:
+            return None
+        if self.metric_for_best_model is None:
+            raise ValueError(
+                f"`max_metric_drop` is {self.max_metric_drop:g}, but nothing says of which metric: set "
+                "`metric_for_best_model` to one that the evaluation gives, such as 'accuracy', or use "
+                "`max_loss_increase`."
+            )
+        metric = self.metric_for_best_model.removeprefix("eval_")
+        return Tolerance(metric, self.max_metric_drop, greater_is_better=bool(self.greater_is_better))
 
     @property
     def goal(self) -> str:
-        """What decides how much goes, for people: the target with its value, or the rule."""
+        """What decides how much goes, for people: the target or tolerance with its value, or the rule."""
+        if (tolerance := self.tolerance) is not None:
+            return f"{self._tolerance} {tolerance.allowed:g}" + (
+                "" if tolerance.metric == _LOSS else f" of {tolerance.metric}"
+            )
         if self.target is None:
             return f"dropout rate above {self.dropout_rate_threshold}"
         source = f" in {self.speedup_from}" if self.target == "target_speedup" else ""

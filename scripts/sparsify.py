@@ -5,8 +5,8 @@
 
 OUT then holds an ordinary model (weights, config, tokenizer), its model card, `report.html` to look at with the same
 figures as PNG files in `figures`, and `report.json` with everything measured. The task's validation sets are scored
-for the report only; with `--eval_strategy`, whatever is chosen on the way, such as the best checkpoint, is chosen on a
-split cut from the training set.
+for the report only: what is chosen on the way, such as the best checkpoint with `--eval_strategy` or the size with
+`--max_metric_drop`, is chosen on a split cut from the training set.
 """
 
 import sys
@@ -62,6 +62,9 @@ from hf_vdneuron.wording import percent
 #: Names of the parts of the training set.
 TRAIN, DEV = "train", "dev"
 
+#: Name of the mean over a task's metrics: what a tolerance is about, if nothing else is named.
+SCORE = "score"
+
 
 @dataclass
 class DataArguments:
@@ -100,6 +103,11 @@ class GlueTrainer(VDTrainer):
     def __init__(self, *, dev_dataset: Dataset | None, **kwargs: Any) -> None:
         self.dev_dataset = dev_dataset
         super().__init__(**kwargs)
+
+    @property
+    def choice_dataset(self) -> Dataset | None:
+        """Rows that choices are made on: the development split."""
+        return self.dev_dataset
 
     def evaluate(
         self, eval_dataset: Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
@@ -179,7 +187,7 @@ class Job:
 
 
 def check_arguments(args: VDTrainingArguments) -> None:
-    """Find out what is wrong with the flags before anything is loaded.
+    """Find out what is wrong with the flags before anything is loaded, and say what they leave open.
 
     Args:
         args: How to train.
@@ -188,6 +196,8 @@ def check_arguments(args: VDTrainingArguments) -> None:
         ValueError: If a batch or the run is empty, a phase has no step, a reporting package is not installed or there
             is no checkpoint to resume.
     """
+    if args.max_metric_drop is not None and args.metric_for_best_model is None:
+        args.metric_for_best_model, args.greater_is_better = SCORE, True
     check_counts(args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     if args.max_steps >= 0:
         args.phase_plan(args.max_steps)
@@ -213,7 +223,7 @@ def read_rows(task: GlueTask, data_args: DataArguments, args: VDTrainingArgument
     splits = load_glue(task, data_args.dataset_dir)
     rows = {split: take(splits[split], data_args.max_eval_samples) for split in task.validation_splits}
     train = splits[TRAIN]
-    if args.eval_strategy != "no" or args.eval_on_start:
+    if args.eval_strategy != "no" or args.eval_on_start or args.tolerance is not None:
         train, dev = split_off_dev(train, seed=args.seed)
         rows[DEV] = take(dev, data_args.max_eval_samples)
     return {**rows, TRAIN: take(train, data_args.max_train_samples, seed=args.seed)}
@@ -325,7 +335,7 @@ def report_run(trainer: GlueTrainer, job: Job, heads: list[list[int]], train_sec
         score_after_cut=trainer.milestone_score("cut"),
         evaluation=report_score(result, **settings),
         speedup=report_speed(start, pruned, length=data_args.max_length),
-        training=report_training(trainer.state.log_history, trainer.plan),
+        training=report_training(trainer.state.log_history, trainer.plan, args.tolerance),
         seeds={"training": args.seed, "data order": args.seed if args.data_seed is None else args.data_seed},
         train_seconds=train_seconds,
         device=device_name(args.device),

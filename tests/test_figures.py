@@ -12,7 +12,7 @@ from reports import HEADS, LAYERS, NEURONS, PHASES, make_report
 
 from hf_vdneuron.drawing import LIGHT, Drawing
 from hf_vdneuron.figures import SQUARE, draw_run
-from hf_vdneuron.report import Curve, ModelReport, RunReport, TrainingReport
+from hf_vdneuron.report import Curve, ModelReport, RunReport, SizesReport, TrainingReport
 from hf_vdneuron.schedules import PhasePlan
 
 
@@ -150,6 +150,26 @@ def test_scores_on_the_way_are_drawn_if_there_are_any() -> None:
     curve = Curve([100, 200], [0.5, 0.75])
     training = replace(REPORT.training, curves={**REPORT.training.curves, "eval_score": curve})
     assert lines(axes_of(drawings(replace(REPORT, training=training))["eval_score"])) == {"score": curve}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (1, "the cut that was made is 2.00 times as fast, at 0.82; in the end 0.85."),
+        (None, "no cut is good enough."),
+    ],
+    ids=["one is good enough", "none is"],
+)
+def test_sizes_to_choose_from(chosen: int | None, told: str) -> None:
+    sizes = SizesReport("accuracy", 0.9, 0.8, [1.5, 2.0, 3.0], [0.88, 0.82, 0.6], chosen, 0.85)
+    drawing = drawings(replace(REPORT, training=replace(REPORT.training, sizes=sizes)))["sizes"]
+    drawn = {line.get_label(): tuple(map(list, line.get_data())) for line in axes_of(drawing).lines}
+    assert drawn["right after the cut"] == (sizes.speedups, sizes.values)
+    assert (drawn["dense"][1], drawn["limit"][1]) == ([0.9, 0.9], [0.8, 0.8])
+    assert (drawn.get("made"), drawn.get("in the end")) == (
+        (([2.0], [0.82]), ([2.0], [0.85])) if chosen is not None else (None, None)
+    )
+    assert drawing.numbers.endswith(told)
 
 
 def test_a_way_that_leads_beyond_the_target_is_seen_to_its_end() -> None:

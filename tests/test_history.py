@@ -1,7 +1,7 @@
 """What a run leaves of its way: curves without holes, and the posterior as it was before the cut."""
 
 import json
-from math import inf, isclose, log, nan
+from math import inf, isclose, isfinite, log, nan
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,11 @@ from transformers import TrainerControl
 from hf_vdneuron.elbo import num_weights
 from hf_vdneuron.history import PosteriorCallback, report_training
 from hf_vdneuron.relevance import log_alpha_histogram
-from hf_vdneuron.report import Curve
+from hf_vdneuron.report import Curve, SizesReport
 from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.trainer import VDTrainer
+from hf_vdneuron.training_args import Tolerance
 
 
 PLAN = PhasePlan(2, 3, 1)
@@ -44,6 +45,36 @@ def test_curves_are_read_from_the_log() -> None:
 def test_what_json_does_not_know_is_left_out(value: float) -> None:
     log_history = [{"expected_speedup": 1.0, "step": 1}, {"expected_speedup": value, "loss": value, "step": 2}]
     assert report_training(log_history, PLAN).curves == {"expected_speedup": Curve([1], [1.0])}
+
+
+BY_ACCURACY = Tolerance("accuracy", 0.1, greater_is_better=True)
+
+
+def sizes_log(values: list[float], **more: float) -> list[dict[str, float]]:
+    cuts = [{"size_speedup": 1.5 + index, "size_value": value, "step": 3} for index, value in enumerate(values)]
+    return [{"size_dense": 0.9, "step": 1}, *cuts, {**more, "step": 6}]
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"), [([0.9, 0.8, 0.7], 1), ([0.9, 0.7, 0.8], 2), ([0.7, 0.6, nan], None)], ids=str
+)
+def test_the_sizes_to_choose_from_are_read_from_the_log(values: list[float], chosen: int | None) -> None:
+    sizes = report_training(sizes_log(values, size_final=0.85), PLAN, BY_ACCURACY).sizes
+    finite = [value for value in values if isfinite(value)]
+    assert sizes == SizesReport(
+        metric="accuracy",
+        dense=0.9,
+        limit=pytest.approx(0.8),
+        speedups=[1.5, 2.5, 3.5][: len(finite)],
+        values=finite,
+        chosen=chosen,
+        final=0.85,
+    )
+
+
+def test_a_run_that_was_stopped_before_it_chose_has_no_sizes() -> None:
+    assert report_training(sizes_log([]), PLAN, BY_ACCURACY).sizes is None
+    assert report_training(sizes_log([0.9]), PLAN).sizes is None
 
 
 def run(folder: Path, **options: object) -> VDTrainer:

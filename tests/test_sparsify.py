@@ -251,6 +251,16 @@ def test_choices_are_made_on_a_part_of_the_training_set(
     assert report["evaluation"]["num_examples"] == NUM_VALIDATION
 
 
+def test_a_tolerance_is_judged_on_a_part_of_the_training_set(samples: Path, tmp_path: Path) -> None:
+    report = report_of(samples, tmp_path, max_metric_drop=0.34)
+    sizes = report["training"]["sizes"]
+    # Thirds are scores of three rows.
+    assert {round(3 * value, 6) for value in [sizes["dense"], sizes["final"], *sizes["values"]]} <= {0, 1, 2, 3}
+    assert sizes["limit"] == pytest.approx(sizes["dense"] - 0.34)
+    assert report["target"] == "max_metric_drop 0.34 of score"
+    assert (tmp_path / "figures" / "sizes.png").exists()
+
+
 def test_without_choices_all_rows_are_trained_on(samples: Path) -> None:
     task = GLUE_TASKS["sst2"]
     data_args = sparsify.DataArguments("model", "sst2", dataset_dir=str(samples / "data"))

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""As small as it gets while a metric holds: cuts of many sizes from one posterior, and the smallest that will do."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+
+from hf_vdneuron.budget import Costs, cost_ratio, keep_within, unit_counts
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.relevance import unit_relevance
+from hf_vdneuron.targets import speedup_budget
+from hf_vdneuron.training_args import Tolerance, VDTrainingArguments
+
+
+__all__ = [
+    "CUT_SPEEDUP",
+    "CUT_VALUE",
+    "DENSE_VALUE",
+    "FINAL_VALUE",
+    "Cut",
+    "ToleranceCallback",
+    "last_logged",
+    "smallest_cut",
+]
+
+_LOGGER = logging.getLogger(__name__)
+
+#: Shares of what heads and neurons cost that the first cuts leave: evenly, and two small ones.
+LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+
+#: How often the gap between the smallest cut that will do and the next smaller one is halved. Three times, and what is
+#: found costs at most a hundredth of the dense model more than it had to.
+HALVINGS = 3
+
+
+#: What a run logs under these names: the metric of the dense model, of each cut beside its speed-up, and of what the
+#: run ends with.
+DENSE_VALUE, CUT_VALUE, CUT_SPEEDUP, FINAL_VALUE = "size_dense", "size_value", "size_speedup", "size_final"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A size that was tried.
+
+    Args:
+        share_left: Share that it leaves of what can be removed, by multiply-accumulates.
+        speedup: Dense over kept multiply-accumulates of heads and neurons.
+        value: Its metric right after the cut.
+        mask: What it keeps.
+    """
+
+    share_left: float
+    speedup: float
+    value: float
+    mask: RelevanceMask
+
+
+def smallest_cut(
+    model: nn.Module, tolerance: Tolerance, dense: float, judge: Callable[[], float], *, length: int
+) -> tuple[RelevanceMask, list[Cut]]:
+    """Cut a posterior at many sizes, and keep the smallest that a tolerance allows.
+
+    Every cut ranks units by their relevance per cost, so that a smaller one keeps part of what a larger one does, but
+    for single units. If no cut will do, all is kept.
+
+    Args:
+        model: A patched model; in the end it carries the mask that it had.
+        tolerance: How much worse than the dense model it may be.
+        dense: The dense model's metric.
+        judge: Function that evaluates the model as it is and returns the metric.
+        length: Tokens of a sequence for which costs are counted.
+
+    Returns:
+        The mask that was chosen, and all cuts that were tried, the largest first.
+    """
+    before = read_mask(model)
+    cuts: dict[float, Cut] = {}
+    for share, mask, speedup in _candidates(model, before, length, lambda: _next_share(cuts, tolerance, dense)):
+        mask_model_(model, mask)
+        cuts[share] = Cut(share, speedup, judge(), mask)
+    mask_model_(model, before)
+    good = [cut for cut in cuts.values() if tolerance.allows(cut.value, dense)]
+    chosen = min(good, key=lambda cut: cut.share_left).mask if good else before
+    if not good:
+        _LOGGER.warning(
+            f"No cut keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, so "
+            "nothing is removed: allow more, or sparsify for longer."
+        )
+    return chosen, sorted(cuts.values(), key=lambda cut: -cut.share_left)
+
+
+def _candidates(
+    model: nn.Module, before: RelevanceMask, length: int, next_share: Callable[[], float | None]
+) -> Iterator[tuple[float, RelevanceMask, float]]:
+    """Make cuts as long as another share is asked for, as `(share, mask, speed-up)`."""
+    costs = Costs(model, length=length)
+    # Of the model as it is now: a masked one finds what is masked irrelevant.
+    relevance = unit_relevance(model)
+    fixed = costs.macs({path: int((~values.amin(0).isfinite()).sum()) for path, values in relevance.items()})
+    full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
+    while (share := next_share()) is not None:
+        budget = speedup_budget(costs, cost_ratio(full, fixed + share * (present - fixed)))
+        mask = keep_within(costs.sublayers, relevance, budget) & before
+        yield share, mask, cost_ratio(full, costs.macs(unit_counts(costs.sublayers, mask)))
+
+
+def _next_share(cuts: dict[float, Cut], tolerance: Tolerance, dense: float) -> float | None:
+    """Walk down the ladder, then halve the gap below the smallest cut that will do; None when that is done."""
+    if len(cuts) < len(LADDER):
+        return LADDER[len(cuts)]
+    good = [share for share, cut in cuts.items() if tolerance.allows(cut.value, dense)]
+    if not good or len(cuts) == len(LADDER) + HALVINGS:
+        return None
+    below = max((share for share in cuts if share < min(good)), default=0.0)
+    return (below + min(good)) / 2
+
+
+class ToleranceCallback(TrainerCallback):
+    """Judges the dense model, and the one that a run ends with.
+
+    Args:
+        judge: Function that evaluates the model as it is and returns the metric.
+        log: Function that logs a metric of the model under a name.
+    """
+
+    def __init__(self, judge: Callable[[], float], log: Callable[[str, float], None]) -> None:
+        self.judge = judge
+        self.log = log
+
+    def on_train_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Try the judge: nobody should pay for fine-tuning to hear that there is no such metric.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands.
+            **run: Not used.
+        """
+        if state.global_step == 0 and args.phase_plan(state.max_steps).sparsify_start > 0:
+            self.judge()
+
+    def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Judge the dense model at the start of the sparsification.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands.
+            **run: Not used.
+        """
+        if state.global_step == args.phase_plan(state.max_steps).sparsify_start:
+            self.log(DENSE_VALUE, self.judge())
+
+    def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
+        """Judge what is left, after recovery.
+
+        Args:
+            args: Arguments of the run.
+            state: Where it stands.
+            **run: Not used.
+        """
+        dense = last_logged(state, DENSE_VALUE)
+        if dense is None or args.tolerance is None:
+            return
+        final = self.judge()
+        self.log(FINAL_VALUE, final)
+        if not args.tolerance.allows(final, dense):
+            _LOGGER.warning(
+                f"`{args.tolerance.metric}` is {final:.4g} in the end, and {args.tolerance.limit(dense):.4g} is the "
+                f"worst that `{args.goal}` allows, as the dense model's is {dense:.4g}: recover for longer or at a "
+                "lower `learning_rate`, or allow less."
+            )
+
+
+def last_logged(state: TrainerState, name: str) -> float | None:
+    """Look up the latest value of a metric in the log of a run.
+
+    Args:
+        state: State of the run.
+        name: Name of the metric.
+
+    Returns:
+        Its value; None if it was never logged.
+    """
+    return next((logs[name] for logs in reversed(state.log_history) if name in logs), None)
