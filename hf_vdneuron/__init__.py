@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
     from hf_vdneuron.hub import push_folder
     from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+    from hf_vdneuron.one_shot import sparsify
     from hf_vdneuron.patching import patch_model_, unpatch_model_
     from hf_vdneuron.persistence import from_pretrained
     from hf_vdneuron.plain_loading import allow_plain_loading_
@@ -29,6 +30,8 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "VDConfig",
     "PriorType",
     "Grouping",
+    # Without training
+    "sparsify",
     # Load what came out, and show it to others
     "from_pretrained",
     "allow_plain_loading_",
@@ -59,6 +62,7 @@ _HOMES = {
     "elbo": ("em_step_", "kl_divergence", "set_variational_", "variational_layers"),
     "hub": ("push_folder",),
     "masks": ("RelevanceMask", "mask_model_", "read_mask"),
+    "one_shot": ("sparsify",),
     "patching": ("patch_model_", "unpatch_model_"),
     "persistence": ("from_pretrained",),
     "plain_loading": ("allow_plain_loading_",),

@@ -24,6 +24,7 @@ __all__ = [
     "UnitCounts",
     "body_cost",
     "cost_ratio",
+    "irremovable_units",
     "keep_within",
     "speedup",
     "unit_counts",
@@ -311,7 +312,7 @@ def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budg
     prices = unit_prices(sublayers, budget)
     # What costs nothing is not worth removing.
     weakest = {path: values if prices[path] > 0 else torch.full_like(values, inf) for path, values in weakest.items()}
-    budget.require_reachable({path: int((~values.isfinite()).sum()) for path, values in weakest.items()})
+    budget.require_reachable(irremovable_units(weakest))
     # Ties fall by path and unit: every process has to remove the same.
     ranked = sorted(
         (value / prices[path], path, unit)
@@ -329,6 +330,19 @@ def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budg
         sublayer.path: end_units(sublayer, (relevance[sublayer.path] == weakest[sublayer.path]) & gone[sublayer.path])
         for sublayer in sublayers
     })
+
+
+def irremovable_units(relevance: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count the units that cannot be removed.
+
+    Args:
+        relevance: Path of each sub-layer -> relevance of its units, shape `(num_units,)` or `(num_sides, num_units)`;
+            infinite for a side that cannot end its unit.
+
+    Returns:
+        Path of each sub-layer -> its units that no side can end.
+    """
+    return {path: int((~torch.atleast_2d(values).amin(0).isfinite()).sum()) for path, values in relevance.items()}
 
 
 def unit_prices(sublayers: list[Sublayer], budget: Budget) -> dict[str, float]:

@@ -133,6 +133,18 @@ class VariationalLayer(nn.Module):
             output_var = self._product(inputs.to(dtype).square(), self.var.to(dtype), None)
         return local_reparameterization(output_mean, output_var)
 
+    def multiply(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Apply the dense layer's map with other weights and no bias.
+
+        Args:
+            inputs: Inputs as the dense layer takes them.
+            weight: Weights in the shape of `weight`: means, or variances for squared inputs.
+
+        Returns:
+            Outputs as the dense layer gives them.
+        """
+        return self._product(inputs, weight, None)
+
     @torch.no_grad()
     def initial_statistics(self) -> PriorStatistics:
         r"""Sum the second moments of each group, to start the prior.

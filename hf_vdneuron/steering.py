@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_vdneuron.budget import Budget, Costs, UnitCounts, keep_within, unit_counts
+from hf_vdneuron.budget import Budget, Costs, UnitCounts, irremovable_units, keep_within, unit_counts
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -134,8 +134,7 @@ class Steering:
         if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY:
             self._table = _agree_on_table(self._table, model, args, self.length)
         budget = target_budget(args, costs, self._table)
-        removable = unit_relevance(model)
-        least = {path: int((~values.amin(0).isfinite()).sum()) for path, values in removable.items()}
+        least = irremovable_units(unit_relevance(model))
         budget.require_reachable(least)
         # An earlier run, or the user, may have ended some; after the cut of this run there is no way left to go.
         present = {} if step > plan.recover_start else unit_counts(costs.sublayers, read_mask(model))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from hf_vdneuron.budget import Costs, cost_ratio, keep_within, unit_counts
+from hf_vdneuron.budget import Costs, cost_ratio, irremovable_units, keep_within, unit_counts
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.targets import speedup_budget
@@ -100,7 +100,7 @@ def _candidates(
     costs = Costs(model, length=length)
     # Of the model as it is now: a masked one finds what is masked irrelevant.
     relevance = unit_relevance(model)
-    fixed = costs.macs({path: int((~values.amin(0).isfinite()).sum()) for path, values in relevance.items()})
+    fixed = costs.macs(irremovable_units(relevance))
     full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
     while (share := next_share()) is not None:
         budget = speedup_budget(costs, cost_ratio(full, fixed + share * (present - fixed)))

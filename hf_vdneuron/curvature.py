@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""How sharply the loss of a fine-tuned model depends on its weights, and on the scales of its heads and neurons.
+
+Near a minimum the expected loss of a posterior around it is that of the minimum plus
+:math:`\tfrac12 \sum h\, s^2` over weights and :math:`\tfrac12 \sum H_g (\gamma_g - 1)^2` over groups. Both curvatures
+are estimated by squared gradients of single examples, the diagonal of the empirical Fisher information.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.layers import VariationalLayer, feature_axis
+from hf_vdneuron.sublayers import Axis
+
+
+__all__ = ["Batches", "Curvature", "diagonal_curvature"]
+
+#: Keyword arguments of a forward, labels among them, batch by batch; tensors have the batch along their first axis.
+Batches = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Second derivatives of the loss of one example, mean over examples.
+
+    Args:
+        weights: Path of each variational layer -> by each of its weights, in their shape, not negative.
+        scales: Path of each variational layer -> by the scale of each group's means, shape `(num_groups,)`.
+    """
+
+    weights: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One use of a layer in a forward."""
+
+    path: str
+    layer: VariationalLayer
+    inputs: Tensor
+    outputs: Tensor
+
+
+def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
+    r"""Estimate the curvature of the loss from gradients of single examples.
+
+    .. math::
+        h_{ij} = \mathbb E_n \sum_t \delta_{nti}^2 x_{ntj}^2, \qquad
+        H_g = \mathbb E_n \Big( \sum_{ij \in g} \mu_{ij} \frac{\partial L_n}{\partial \mu_{ij}} \Big)^2
+
+    for inputs :math:`x` and gradients :math:`\delta` of the outputs at position :math:`t` of example :math:`n`. Over
+    positions the squares are summed, as noise is drawn per position in training (Kingma 2015).
+
+    Args:
+        model: A patched model whose forward returns the mean `loss` of its batch; put into evaluation mode.
+        batches: Examples with labels.
+
+    Returns:
+        The curvature of every variational layer.
+
+    Raises:
+        ValueError: If there is no batch, or one gives no loss.
+
+    References:
+        Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022,
+        https://arxiv.org/abs/2204.09656, whose diagonal Fisher information of masks is :math:`H_g` on the out-side.
+    """
+    model.eval()
+    layers = variational_layers(model)
+    weights = {path: torch.zeros_like(layer.log_var, requires_grad=False) for path, layer in layers.items()}
+    scales = {path: layer.log_var.new_zeros(layer.prior.num_groups) for path, layer in layers.items()}
+    count = 0
+    for batch in batches:
+        calls, loss = _forward(model, layers, batch)
+        size = len(next(iter(batch.values())))
+        # The loss is a mean, and that of one example depends on its own activations only.
+        gradients = torch.autograd.grad(size * loss, [call.outputs for call in calls])
+        by_example: dict[str, Tensor] = {}
+        for call, gradient in zip(calls, gradients, strict=True):
+            weights[call.path] += _squared(call, gradient)
+            scale = _by_scale(call, gradient)
+            by_example[call.path] = by_example[call.path] + scale if call.path in by_example else scale
+        for path, gradient in by_example.items():
+            scales[path] += gradient.square().sum(0)
+        count += size
+    if count == 0:
+        raise ValueError("There is no batch: expected at least one, and a few hundred examples in all.")
+    return Curvature(
+        {path: total / count for path, total in weights.items()},
+        {path: total / count for path, total in scales.items()},
+    )
+
+
+def _forward(
+    model: nn.Module, layers: Mapping[str, VariationalLayer], batch: Mapping[str, Any]
+) -> tuple[list[_Call], Tensor]:
+    """Run a batch, and note what goes through each layer."""
+    calls: list[_Call] = []
+
+    def note(layer: VariationalLayer, inputs: tuple[Tensor], outputs: Tensor, *, path: str) -> None:
+        calls.append(_Call(path, layer, inputs[0].detach(), outputs))
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for path, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
+        loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(f"A batch with {', '.join(batch)} gives no loss: expected `labels` in every batch.")
+    return calls, loss
+
+
+def _squared(call: _Call, gradient: Tensor) -> Tensor:
+    """Sum the products of squared inputs and squared gradients, in the shape of the weight."""
+    variances = torch.zeros_like(call.layer.log_var, requires_grad=True)
+    with torch.enable_grad():
+        # How the layer spreads variances says where each one goes, whatever kind of layer it is.
+        spread = call.layer.multiply(call.inputs.to(variances.dtype).square(), variances)
+    (squared,) = torch.autograd.grad(spread, variances, gradient.to(spread.dtype).square())
+    return squared
+
+
+def _by_scale(call: _Call, gradient: Tensor) -> Tensor:
+    """Differentiate the loss of each example by the scale of each group, shape `(batch_size, num_groups)`."""
+    layer, mean = call.layer, call.layer.mean.detach()
+    inputs = call.inputs.requires_grad_()
+    with torch.enable_grad():
+        outputs = layer.multiply(inputs, mean)
+    if layer.group_axis == feature_axis(layer, Axis.OUT):
+        signal = outputs.detach() * gradient
+    else:
+        (back,) = torch.autograd.grad(outputs, inputs, gradient)
+        signal = inputs.detach() * back
+    axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
+    by_feature = signal.movedim(axis, 1).unsqueeze(-1).flatten(2).sum(2)
+    groups = by_feature.new_zeros(len(by_feature), layer.prior.num_groups)
+    return groups.index_add_(1, layer.prior.feature_group, by_feature).to(layer.log_var.dtype)

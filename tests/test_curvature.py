@@ -1,0 +1,140 @@
+"""Curvature against automatic differentiation, one example and one position at a time."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runs import rows, tiny_bert
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_vdneuron.config import Grouping, VDConfig
+from hf_vdneuron.curvature import Curvature, diagonal_curvature
+from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.patching import patch_model_
+
+
+NUM_EXAMPLES = 6
+
+
+def examples(start: int, end: int) -> dict[str, Tensor]:
+    chosen = rows()[start:end]
+    return {name: torch.stack([row[name] for row in chosen]) for name in chosen[0]}
+
+
+def patched(**options: Any) -> PreTrainedModel:
+    return patch_model_(tiny_bert(), VDConfig(**options)).eval()
+
+
+def single_examples(model: nn.Module) -> Iterator[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+    """Loss of each example, with what went into each layer and what came out."""
+    for index in range(NUM_EXAMPLES):
+        seen: list[Any] = []
+
+        def note(layer: nn.Module, given: tuple[Tensor], made: Tensor, seen: list[Any] = seen) -> None:
+            seen.append((layer, given[0].detach()[0], made))
+
+        layers = variational_layers(model)
+        handles = [layer.register_forward_hook(note) for layer in layers.values()]
+        loss = model(**examples(index, index + 1)).loss
+        for handle in handles:
+            handle.remove()
+        names = {layer: name for name, layer in layers.items()}
+        inputs, outputs = ({names[entry[0]]: entry[column] for entry in seen} for column in (1, 2))
+        yield loss, inputs, outputs
+
+
+@pytest.fixture(scope="module", params=list(Grouping), ids=str)
+def model_and_curvature(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Curvature]:
+    model = patched(grouping=request.param)
+    # Batches of several sizes: every example has to count alike.
+    return model, diagonal_curvature(model, [examples(0, 1), examples(1, 4), examples(4, NUM_EXAMPLES)])
+
+
+def test_curvature_by_weights(model_and_curvature: tuple[PreTrainedModel, Curvature]) -> None:
+    model, curvature = model_and_curvature
+    expected = {name: torch.zeros_like(layer.weight) for name, layer in variational_layers(model).items()}
+    for loss, inputs, outputs in single_examples(model):
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for (name, signal), gradient in zip(inputs.items(), gradients, strict=True):
+            for x, delta in zip(signal, gradient[0], strict=True):
+                expected[name] += torch.outer(delta, x).square() / NUM_EXAMPLES
+    assert curvature.weights.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(curvature.weights[name], values.detach(), rtol=1e-4, atol=1e-12)
+
+
+def test_curvature_by_scales(model_and_curvature: tuple[PreTrainedModel, Curvature]) -> None:
+    model, curvature = model_and_curvature
+    layers = variational_layers(model)
+    expected = {name: torch.zeros_like(layer.group_scale) for name, layer in layers.items()}
+    for loss, *_ in single_examples(model):
+        gradients = torch.autograd.grad(loss, [layer.group_scale for layer in layers.values()])
+        for name, gradient in zip(layers, gradients, strict=True):
+            expected[name] += gradient.square() / NUM_EXAMPLES
+    for name, values in expected.items():
+        torch.testing.assert_close(curvature.scales[name], values.detach(), rtol=1e-4, atol=1e-12)
+
+
+class WithLoss(nn.Module):
+    """Gives a loss, as models of transformers do."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=F.cross_entropy(self.chain(inputs), labels))
+
+
+@pytest.fixture
+def convolutions() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        *(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten()),
+        nn.Linear(16, 3),
+    )
+    batch = {"inputs": torch.randn(NUM_EXAMPLES, 2, 8, 8), "labels": torch.arange(NUM_EXAMPLES) % 3}
+    return WithLoss(patch_model_(chain)).eval(), batch
+
+
+def test_curvature_of_convolutions_by_scales(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, batch = convolutions
+    curvature = diagonal_curvature(model, [batch])
+    layers = variational_layers(model)
+    expected = {name: torch.zeros_like(layer.group_scale) for name, layer in layers.items()}
+    for index in range(NUM_EXAMPLES):
+        loss = model(**{name: values[index : index + 1] for name, values in batch.items()}).loss
+        gradients = torch.autograd.grad(loss, [layer.group_scale for layer in layers.values()])
+        for name, gradient in zip(layers, gradients, strict=True):
+            expected[name] += gradient.square() / NUM_EXAMPLES
+    for name, values in expected.items():
+        torch.testing.assert_close(curvature.scales[name], values.detach(), rtol=1e-4, atol=1e-12)
+
+
+def test_curvature_of_convolutions_by_weights(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    """A convolution is a linear layer on patches."""
+    model, batch = convolutions
+    curvature = diagonal_curvature(model, [batch])
+    name, layer = next(iter(variational_layers(model).items()))
+    caught = []
+    with layer.register_forward_hook(lambda _, inputs, outputs: caught.append((inputs[0], outputs))):
+        loss = model(**batch).loss
+    ((inputs, outputs),) = caught
+    (delta,) = torch.autograd.grad(NUM_EXAMPLES * loss, outputs)
+    patches = F.unfold(inputs, layer.kernel_size)
+    expected = torch.einsum("nop,nip->oi", delta.flatten(2).square(), patches.square()) / NUM_EXAMPLES
+    torch.testing.assert_close(curvature.weights[name].flatten(1), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "There is no batch"), ([{"input_ids": torch.ones(1, 4).long()}], "with input_ids gives no loss")],
+    ids=["no batch", "no labels"],
+)
+def test_data_without_a_loss_is_refused(batches: list[dict[str, Tensor]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        diagonal_curvature(patched(), batches)

@@ -1,0 +1,105 @@
+"""Least squares after a cut: against NumPy, and exact where what is gone can be made up for."""
+
+import numpy as np
+import pytest
+import torch
+from models import batch, tiny_model
+from runs import rows, tiny_bert
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.layers import dense_layer
+from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.reconstruction import reconstruct_
+from hf_vdneuron.sublayers import Sublayer, Unit
+
+
+def text_batches(num_batches: int = 4) -> list[dict[str, Tensor]]:
+    ids = torch.stack([row["input_ids"] for row in rows()]).chunk(num_batches)
+    mask = torch.ones_like(ids[0])
+    mask[::2, -2:] = 0
+    return [{"input_ids": part, "attention_mask": mask} for part in ids]
+
+
+def ffn_of(model: nn.Module) -> Sublayer:
+    return next(sublayer for sublayer in find_sublayers(model) if sublayer.unit is Unit.NEURON)
+
+
+def without(model: PreTrainedModel, sublayer: Sublayer, unit: int) -> PreTrainedModel:
+    keep = torch.ones(2, sublayer.num_units, dtype=torch.bool)
+    keep[1, unit] = False
+    return prune_model_(model, RelevanceMask({sublayer.path: keep}))
+
+
+@torch.no_grad()
+def twins_(model: PreTrainedModel, first: int, second: int) -> PreTrainedModel:
+    """Let two neurons emit the same."""
+    made, _ = (side.slices[0] for side in ffn_of(model).sides)
+    layer = dense_layer(model, made.module)
+    layer.weight[second], layer.bias[second] = layer.weight[first], layer.bias[first]
+    return model
+
+
+def furthest(model: PreTrainedModel, dense: PreTrainedModel) -> float:
+    """Largest difference of a logit."""
+    return max((model(**part).logits - dense(**part).logits).abs().max().item() for part in text_batches())
+
+
+@torch.no_grad()
+def test_a_twin_makes_up_for_its_twin() -> None:
+    dense, pruned = (twins_(tiny_bert(), 3, 7).eval() for _ in range(2))
+    without(pruned, ffn_of(pruned), 7)
+    before = furthest(pruned, dense)
+    after = furthest(reconstruct_(pruned, dense, text_batches(), ridge=1e-9), dense)
+    assert after < 1e-4
+    assert before > 20 * after
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ridge", [1e-2, 1.0], ids=str)
+def test_the_fit_is_that_of_numpy(ridge: float) -> None:
+    """The first layer that changes sees inputs that nothing has changed yet."""
+    dense, pruned = tiny_bert().eval(), tiny_bert().eval()
+    sublayer = find_sublayers(dense)[0]
+    assert sublayer.unit is Unit.HEAD
+    without(pruned, sublayer, 1)
+    path = sublayer.out_side.slices[0].module
+    x, y = [], []
+    for part in text_batches():
+        with (
+            dense_layer(pruned, path).register_forward_hook(lambda _, given, made: x.append(given[0])),
+            dense_layer(dense, path).register_forward_hook(lambda _, given, made: y.append(made)),
+        ):
+            pruned(**part)
+            dense(**part)
+        attended = part["attention_mask"].bool()
+        x[-1], y[-1] = x[-1][attended], y[-1][attended]
+    x, y = (torch.cat(values).double().numpy() for values in (x, y))
+    weight = dense_layer(pruned, path).weight.double().numpy().copy()
+    centred = x - x.mean(0)
+    held = np.sqrt(ridge * centred.var(0).mean() * len(x)) * np.eye(x.shape[1])
+    expected, *_ = np.linalg.lstsq(np.vstack([centred, held]), np.vstack([y - y.mean(0), held @ weight.T]), rcond=None)
+    reconstruct_(pruned, dense, text_batches(), ridge=ridge)
+    fitted = dense_layer(pruned, path)
+    np.testing.assert_allclose(fitted.weight.numpy(), expected.T, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(fitted.bias.numpy(), y.mean(0) - expected.T @ x.mean(0), rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_complete_model_stays_as_it_is() -> None:
+    dense, same = tiny_bert().eval(), tiny_bert().eval()
+    reconstruct_(same, dense, text_batches())
+    for (name, before), after in zip(dense.named_parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+def test_an_emptied_sub_layer_is_left_alone(family: str) -> None:
+    dense, pruned = tiny_model(family).eval(), tiny_model(family).eval()
+    sublayer = ffn_of(dense)
+    prune_model_(pruned, RelevanceMask({sublayer.path: torch.zeros(2, sublayer.num_units, dtype=torch.bool)}))
+    reconstruct_(pruned, dense, [batch()])
+    assert all(parameter.isfinite().all() for parameter in pruned.parameters())
