@@ -20,12 +20,13 @@ from hf_vdneuron import VDTrainer, VDTrainingArguments
 
 name, out, steps = "model", "out", 6
 data = [{"input_ids": torch.tensor([2, 5 + row % 10, 3]), "labels": row % 2} for row in range(16)]
+batches = [{name: torch.as_tensor(value)[None] for name, value in row.items()} for row in data]
 """
 
 
-def test_the_five_lines_and_both_doors(tmp_path: Path) -> None:
+def test_its_lines_of_python(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     tiny_classifier(2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     # The reader's machine may have an accelerator; the test's arguments keep to the CPU.
