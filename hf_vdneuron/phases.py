@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_vdneuron.checks import require_all_phases, require_own_teacher, require_posterior
 from hf_vdneuron.distillation import Teacher
@@ -113,17 +113,21 @@ class PhaseCallback(TrainerCallback):
         """
         em_step_(run["model"])
 
-    def on_step_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Correct the KL weight for the steps that come.
+    def on_step_end(  # type: ignore[override]
+        self, args: VDTrainingArguments, state: TrainerState, control: TrainerControl, **run: Any
+    ) -> None:
+        """Correct the KL weight for the steps that come, and have the posterior saved when it is done.
 
         Args:
             args: Arguments of the run.
             state: Where it stands, the step just done included.
+            control: Takes the wish to save.
             **run: Model and optimizer.
         """
         plan = args.phase_plan(state.max_steps)
         if plan.sparsify_steps and plan.sparsify_start < state.global_step <= plan.recover_start:
             self.steering.look_(run["model"], plan, step=state.global_step)
+            control.should_save |= args.save_posterior and state.global_step == plan.recover_start
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Cut where no step of recovery did: there is none, or training was stopped before.

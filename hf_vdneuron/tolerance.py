@@ -138,9 +138,20 @@ class ToleranceCallback(TrainerCallback):
             args: Arguments of the run.
             state: Where it stands.
             **run: Not used.
+
+        Raises:
+            ValueError: If the run is resumed past its sparsification's start, and nothing says how good its dense
+                model was.
         """
-        if state.global_step == 0 and args.phase_plan(state.max_steps).sparsify_start > 0:
+        start = args.phase_plan(state.max_steps).sparsify_start
+        if state.global_step == 0 and start > 0:
             self.judge()
+        if state.global_step > start and last_logged(state, DENSE_VALUE) is None:
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} does not say how good the dense model was, against which "
+                f"`{args.goal}` is judged: expected one of a run with a tolerance. Resume from one of step {start} at "
+                "most, or ask for a target instead."
+            )
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Judge the dense model at the start of the sparsification.

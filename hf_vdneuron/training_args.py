@@ -217,6 +217,13 @@ class VDTrainingArguments(TrainingArguments):
             "that is missed, mean over layers, is added this many times to the teacher's loss."
         },
     )
+    save_posterior: bool = field(
+        default=False,
+        metadata={
+            "help": "Save a checkpoint at the end of the sparsification, before the cut. A run that resumes from it "
+            "with another target or tolerance cuts the same posterior to another size, and only has to recover."
+        },
+    )
     num_data: int | None = field(
         default=None,
         metadata={

@@ -167,6 +167,27 @@ def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
         assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
+def test_a_posterior_is_cut_to_another_size_by_resuming(tmp_path: Path) -> None:
+    first = judged(tmp_path / "first", target_speedup=1.3, save_posterior=True, max_steps=12)
+    first.train()
+    (checkpoint,) = (tmp_path / "first").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{first.plan.recover_start}"
+    second = judged(tmp_path / "second", target_speedup=2.0, max_steps=12)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert second.milestone("dense_loss") == first.milestone("dense_loss")
+    kept = [read_mask(trainer.model).keep for trainer in (first, second)]
+    assert all(
+        bool((small.all(0) <= large.all(0)).all()) for large, small in zip(*map(dict.values, kept), strict=True)
+    )
+    assert speedup(second.model, second.mask(), length=second.max_length) >= 2.0
+
+
+def test_a_posterior_without_a_judged_dense_model_is_refused(tmp_path: Path) -> None:
+    judged(tmp_path, target_speedup=1.3, save_posterior=True).train()
+    with pytest.raises(ValueError, match=r"step 8 does not say how good the dense model was"):
+        judged(tmp_path, max_loss_increase=0.1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
 def test_a_tolerance_can_be_judged_on_several_sets(tmp_path: Path) -> None:
     data = {"one": rows()[:24], "two": rows()[24:]}
     trainer = judged(tmp_path, max_loss_increase=0.1, trainer_options={"eval_dataset": data})
