@@ -48,6 +48,9 @@ def reconstruct_(
 
     Returns:
         The pruned model.
+
+    Raises:
+        ValueError: If a batch does not come to every sub-layer.
     """
     model.eval()
     dense.eval()
@@ -108,12 +111,28 @@ def _weight(reader: DenseLayer) -> Tensor:
     return reader.weight.t() if isinstance(reader, Conv1D) else reader.weight
 
 
+class _Reached(Exception):  # no error: it ends a forward where all that was asked of it is known
+    """Carries what went into a layer and what came out of it."""
+
+    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+
+
 def _pass(model: nn.Module, layer: DenseLayer, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a batch, and catch what goes into a layer and what comes out of it."""
-    caught: list[tuple[Tensor, Tensor]] = []
-    with layer.register_forward_hook(lambda _, inputs, outputs: caught.append((inputs[0], outputs))):
-        model(**batch)
-    return caught[-1]
+    """Run a batch as far as a layer, and catch what goes into it and what comes out."""
+
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        raise _Reached(inputs[0], outputs)
+
+    with layer.register_forward_hook(stop):
+        try:
+            model(**batch)
+        except _Reached as reached:
+            return reached.inputs, reached.outputs
+    raise ValueError(
+        f"A forward of `{type(model).__name__}` never comes to `{layer}`: expected batches that it reads."
+    )
 
 
 def _attended(batch: Mapping[str, Any], inputs: Tensor) -> Tensor:
