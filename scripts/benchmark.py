@@ -4,9 +4,9 @@
     python scripts/benchmark.py --model_name_or_path M --dataset_dir DIR
 
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
-on until the budget of optimizer steps after the dense checkpoint is spent, equal for all. With `--target_speedups`
-each method keeps what the speed-up affords; without, `vd` decides by the dropout-rate rule, and the baselines keep as
-many heads and neurons of their own choice.
+on until the budget of optimizer steps after the dense checkpoint is spent, equal for all but `fisher_oneshot`, which
+spends none. With `--target_speedups` each method keeps what the speed-up affords; without, `vd` decides by the
+dropout-rate rule, and the baselines keep as many heads and neurons of their own choice.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -15,17 +15,20 @@ Every finished run is a row of `--results_file`, and is skipped from then on. Se
 import fcntl
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from benchmarks.baselines import RANKINGS, SCORERS, keep_affordable, keep_best
+from benchmarks.baselines import RANKINGS, SCORERS, Scores, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
+from benchmarks.gates import fold_gates_
 from benchmarks.learned_gates import LEARNED_GATES
+from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT, search_mask, tune_gates
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses, draw_scores
 from benchmarks.results import Results, Row, Run, latency_table, score_table
@@ -46,7 +49,7 @@ OURS = "vd"
 #: Variants of ours.
 VARIATIONAL = {OURS: VDConfig(), "vd_group": VDConfig(prior=PriorType.GROUP)}
 #: In the order in which they run: without a target, scorers need the counts of ours.
-METHODS = (DENSE, *VARIATIONAL, *SCORERS, *LEARNED_GATES)
+METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *LEARNED_GATES)
 
 
 @dataclass
@@ -145,8 +148,11 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
         gates = LEARNED_GATES[run.method](model, budget, cell.settings.sparsify_steps)
         prune_model_(model, cell.learn(model, gates))
         return model, cell.settings.recover_steps, {}
-    prune_model_(model, choose(cell, run, model, results))
-    return model, cell.settings.budget, {}
+    mask = choose(cell, run, model, results)
+    if run.method == ONE_SHOT:
+        fold_gates_(model, tune_gates(model, mask, [*cell.batches(model)]))
+    prune_model_(model, mask)
+    return model, 0 if run.method == ONE_SHOT else cell.settings.budget, {}
 
 
 def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> RelevanceMask:
@@ -164,17 +170,20 @@ def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> Re
     Raises:
         ValueError: If ours is missing.
     """
-    scores = SCORERS[run.method](model, cell.batches(model), torch.Generator().manual_seed(run.seed))
+    keep: Callable[[Scores], RelevanceMask]
     if run.target_speedup is not None:
-        costs = Costs(model, length=cell.settings.max_length)
-        budget = speedup_budget(costs, run.target_speedup)
-        return keep_affordable(model, scores, budget, whatever_it_costs=run.method in RANKINGS)
-    ours = results.find(run._replace(method=OURS))
-    if ours is None:
-        raise ValueError(
-            f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task}, seed {run.seed} first"
-        )
-    return keep_best(model, scores, {unit: ours[f"{unit}s"] for unit in Unit})
+        budget = speedup_budget(Costs(model, length=cell.settings.max_length), run.target_speedup)
+        keep = partial(keep_affordable, model, budget=budget, whatever_it_costs=run.method in RANKINGS)
+    else:
+        ours = results.find(run._replace(method=OURS))
+        if ours is None:
+            raise ValueError(
+                f"`{run.method}` keeps as many units as `{OURS}`: run `{OURS}` on {run.task}, seed {run.seed} first"
+            )
+        keep = partial(keep_best, model, counts={unit: ours[f"{unit}s"] for unit in Unit})
+    if run.method in MASK_SEARCHES:
+        return search_mask(model, cell.batches(model), keep)
+    return keep(SCORERS[run.method](model, cell.batches(model), torch.Generator().manual_seed(run.seed)))
 
 
 def finish(cell: Cell, run: Run, results: Results) -> Row:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from benchmarks.baselines import SCORERS, keep_affordable
-from benchmarks.gates import gate_gradients, gated
+from benchmarks.gates import fold_gates_, gate_gradients, gated
 from benchmarks.learned_gates import LEARNED_GATES, HardConcreteGates, LearnedGates, MovementGates
 from models import FAMILIES, batch, outputs, tiny_model
 from torch import Tensor, nn
@@ -83,18 +83,23 @@ def test_gradients_leave_no_trace() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("name", "score"),
-    [("taylor", lambda slopes: slopes.abs().mean(0)), ("fisher", lambda slopes: slopes.square().mean(0))],
-    ids=["taylor", "fisher"],
-)
-def test_scores_average_over_examples(name: str, score: object) -> None:
+def test_taylor_averages_over_examples() -> None:
     model = tiny_model("bert", "sequence_classification")
     gradients = gate_gradients(model, BATCHES)
-    scores = SCORERS[name](model, BATCHES, torch.Generator())
+    scores = SCORERS["taylor"](model, BATCHES, torch.Generator())
     assert scores.keys() == gradients.keys()
     for path, slopes in gradients.items():
-        torch.testing.assert_close(scores[path], score(slopes))
+        torch.testing.assert_close(scores[path], slopes.abs().mean(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_are_folded_into_the_readers(family: str) -> None:
+    model = tiny_model(family)
+    gates = {part.path: torch.randn(part.num_units, dtype=torch.float64) for part in find_sublayers(model)}
+    with gated(model, gates):
+        behind_gates = outputs(model, batch())
+    torch.testing.assert_close(outputs(fold_gates_(model, gates), batch()), behind_gates)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

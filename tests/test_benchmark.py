@@ -13,6 +13,7 @@ import torch
 from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.learned_gates import LEARNED_GATES
+from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Run, latency_table, score_table
 from glue_samples import write_sst2
@@ -22,6 +23,7 @@ from transformers import AutoModel, BertConfig
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
+from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.targets import speedup_budget
 
@@ -78,10 +80,24 @@ def test_every_method_makes_a_row(finished: Finished) -> None:
 def test_baselines_keep_as_many_units(finished: Finished) -> None:
     _, rows = finished
     by_method = {row["method"]: row for row in rows}
-    for name in SCORERS:
+    for name in (*SCORERS, *MASK_SEARCHES):
         assert by_method[name]["heads"] == by_method["vd"]["heads"]
         assert by_method[name]["neurons"] == by_method["vd"]["neurons"]
         assert by_method[name]["parameters"] == by_method["vd"]["parameters"]
+
+
+def test_one_shot_trains_nothing(samples: Path, finished: Finished) -> None:
+    folder, rows = finished
+    by_method = {row["method"]: row for row in rows}
+    assert by_method[ONE_SHOT]["score"] == by_method[ONE_SHOT]["score_after_cut"]
+    dense, tuned, recovered = (
+        from_pretrained(folder / "work" / "sst2-0" / name) for name in ("dense", ONE_SHOT, "fisher")
+    )
+    word_embeddings = [model.get_input_embeddings().weight for model in (dense, tuned, recovered)]
+    assert torch.equal(word_embeddings[0], word_embeddings[1])
+    assert not torch.equal(word_embeddings[0], word_embeddings[2])
+    # The same mask, so that only the tuned gates tell the columns apart from the dense ones.
+    assert by_method[ONE_SHOT]["neurons_per_layer"] == by_method["fisher"]["neurons_per_layer"]
 
 
 def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +224,7 @@ def test_targets_are_runs_of_their_own(
     monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
     monkeypatch.setattr(cell, "LOGGING_STEPS", 1)
     monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
-    methods = ("vd", "fisher", "l0", "movement")
+    methods = ("vd", "fisher", ONE_SHOT, "l0", "movement")
     asked = flags(samples, tmp_path, "--methods", *methods, "--target_speedups", "1.2", "1.5")
     benchmark.main(asked)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

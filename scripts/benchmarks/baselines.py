@@ -8,8 +8,6 @@ References:
 
     Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2020,
     https://arxiv.org/abs/2004.03844
-
-    Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022, https://arxiv.org/abs/2204.09656
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -115,25 +113,10 @@ def taylor(model: nn.Module, batches: Batches, generator: torch.Generator) -> Sc
     return {path: gradients.abs().mean(0) for path, gradients in gate_gradients(model, batches).items()}
 
 
-def fisher(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
-    r"""Score a unit by the diagonal of the empirical Fisher information of the gates.
-
-    Args:
-        model: A dense model.
-        batches: Training rows.
-        generator: Not used.
-
-    Returns:
-        :math:`\mathbb E_i (\partial L_i / \partial m_u)^2` (Kwon 2022, eq. 7).
-    """
-    return {path: gradients.square().mean(0) for path, gradients in gate_gradients(model, batches).items()}
-
-
 #: Name of a baseline -> how it scores units.
 SCORERS: dict[str, Scorer] = {
     "magnitude": magnitude,
     "taylor": taylor,
-    "fisher": fisher,
     "layers": layers,
     "random": at_random,
 }

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.layers import DenseLayer, dense_layer
-from hf_vdneuron.sublayers import Slice
+from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
+from hf_vdneuron.sublayers import Axis, Slice
 
 
-__all__ = ["gate_gradients", "gated"]
+__all__ = ["fold_gates_", "gate_gradients", "gated"]
 
 
 @contextmanager
@@ -58,6 +58,28 @@ def _apply_gates(
     if own.ndim > 1:
         shape[0] = len(own)
     return (signal * per_feature.view(shape).to(signal.dtype),)
+
+
+@torch.no_grad()
+def fold_gates_(model: nn.Module, gates: Mapping[str, Tensor]) -> nn.Module:
+    """Multiply gates into the weights that read the units, in place: the model computes what it did behind them.
+
+    Args:
+        model: A dense model.
+        gates: Path of a sub-layer -> gates of its units, shape `(num_units,)`.
+
+    Returns:
+        The same model.
+    """
+    for sublayer in find_sublayers(model):
+        if sublayer.path not in gates:
+            continue
+        for part in sublayer.out_side.slices:
+            layer = dense_layer(model, part.module)
+            axis = feature_axis(layer, Axis.IN)
+            factor = part.spread(gates[sublayer.path], layer.weight.shape[axis], elsewhere=1)
+            layer.weight.transpose(axis, -1).mul_(factor)
+    return model
 
 
 def gate_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

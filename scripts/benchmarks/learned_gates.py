@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.baselines import keep_affordable
+from benchmarks.gates import fold_gates_
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, UnitCounts
-from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Axis
 
 
 __all__ = ["LEARNED_GATES", "HardConcreteGates", "LearnedGates", "MovementGates"]
@@ -182,13 +181,8 @@ class HardConcreteGates(LearnedGates):
         Returns:
             What is kept of it.
         """
-        for part in self.sublayers:
-            gates = _stretched(torch.sigmoid(self.logits[part.path]))
-            for read in part.out_side.slices:
-                layer = dense_layer(self.model, read.module)
-                axis = feature_axis(layer, Axis.IN)
-                factor = read.spread(gates, layer.weight.shape[axis], elsewhere=1)
-                layer.weight.transpose(axis, -1).mul_(factor)
+        gates = {path: _stretched(torch.sigmoid(logits)) for path, logits in self.logits.items()}
+        fold_gates_(self.model, gates)
         # What a unit costs is in its logit already.
         open_ = {path: _chance_open(logits).cpu() for path, logits in self.logits.items()}
         return keep_affordable(self.model, open_, self.budget, whatever_it_costs=True)

@@ -62,6 +62,7 @@ MARKERS = {
     "magnitude": "s",
     "taylor": "^",
     "fisher": "v",
+    "fisher_oneshot": "1",
     "l0": "D",
     "movement": "P",
     "layers": "_",
