@@ -32,6 +32,8 @@ class PriorType(StrEnum):
     """One Gaussian scale per group (2)."""
     MIXTURE = "mixture"
     """Two Gaussian scales per group (3): a neuron may hold large weights beside small ones."""
+    WEIGHT = "weight"
+    """One Gaussian scale per weight (10): plain variational dropout, to compare with. It knows no neurons."""
 
 
 class Grouping(StrEnum):
@@ -57,7 +59,10 @@ class VDConfig:
 
     prior: PriorType = field(
         default=PriorType.MIXTURE,
-        metadata={"help": "Prior of a group's weights: one Gaussian (`group`) or a mixture of two (`mixture`)."},
+        metadata={
+            "help": "Prior of a group's weights: one Gaussian (`group`), a mixture of two (`mixture`), or a Gaussian "
+            "for each weight (`weight`), which is plain variational dropout."
+        },
     )
     grouping: Grouping = field(
         default=Grouping.SIDES,

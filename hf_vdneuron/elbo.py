@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_vdneuron.functional import PriorStatistics
 from hf_vdneuron.layers import VariationalLayer
+from hf_vdneuron.priors import GroupPrior
 
 
 __all__ = [
@@ -116,32 +117,33 @@ def em_step_(model: nn.Module) -> None:
     Args:
         model: A patched model.
     """
-    _update_priors_(model, lambda layer: layer.statistics, lambda layer, sums: layer.prior.m_step_(sums))
+    _update_priors_(model, lambda layer, _: layer.statistics, GroupPrior.m_step_)
     for layer in variational_layers(model).values():
         layer.statistics = None
 
 
 def init_priors_(model: nn.Module) -> None:
-    """Start the prior of every layer from its weights, in place.
+    """Start the prior of every layer from its weights, in place; a prior without parameters has no start.
 
     Args:
         model: A patched model.
     """
-    _update_priors_(model, lambda layer: layer.initial_statistics(), lambda layer, sums: layer.prior.init_(sums))
+    _update_priors_(model, lambda layer, prior: prior.pool(layer.initial_statistics()), GroupPrior.init_)
 
 
 def _update_priors_(
     model: nn.Module,
-    collect: Callable[[VariationalLayer], PriorStatistics | None],
-    update_: Callable[[VariationalLayer, PriorStatistics], object],
+    collect: Callable[[VariationalLayer, GroupPrior], PriorStatistics | None],
+    update_: Callable[[GroupPrior, PriorStatistics], object],
 ) -> None:
     """Sum statistics over the layers that share a prior, then hand every one of them the same sums."""
-    sharing: dict[str, list[VariationalLayer]] = defaultdict(list)
+    sharing: dict[str, list[tuple[VariationalLayer, GroupPrior]]] = defaultdict(list)
     for layer in variational_layers(model).values():
-        sharing[layer.prior.key].append(layer)
-    for layers in sharing.values():
-        collected = [sums for layer in layers if (sums := collect(layer)) is not None]
-        if len(collected) == len(layers):
+        if isinstance(layer.prior, GroupPrior):
+            sharing[layer.prior.key].append((layer, layer.prior))
+    for sharers in sharing.values():
+        collected = [sums for layer, prior in sharers if (sums := collect(layer, prior)) is not None]
+        if len(collected) == len(sharers):
             total = PriorStatistics(*(torch.stack(parts).sum(0) for parts in zip(*collected, strict=True)))
-            for layer in layers:
-                update_(layer, total)
+            for _, prior in sharers:
+                update_(prior, total)

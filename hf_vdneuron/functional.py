@@ -3,8 +3,8 @@ r"""The mathematics of `method.md`: pure functions on tensors, each formula besi
 
 Notation: a weight has the posterior :math:`q(W) = \mathcal N(\mu, s^2)`, given as `mean` and `log_var`, and a prior
 whose parameters :math:`\theta` it shares with all weights of its group. The prior is a mixture of :math:`K`
-zero-mean Gaussians; :math:`K = 1` is the group prior (2), :math:`K = 2` the mixture prior (3). Logarithms are
-natural, so every divergence is in nats.
+zero-mean Gaussians; :math:`K = 1` is the group prior (2), :math:`K = 2` the mixture prior (3). Only the weight prior
+(10) has no :math:`\theta`. Logarithms are natural, so every divergence is in nats.
 
 References:
     Kingma, Salimans and Welling, "Variational Dropout and the Local Reparameterization Trick", 2015,
@@ -12,6 +12,9 @@ References:
 
     Molchanov, Ashukha and Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", 2017,
     https://arxiv.org/abs/1701.05369
+
+    Kharitonov, Molchanov and Vetrov, "Variational Dropout via Empirical Bayes", 2018,
+    https://arxiv.org/abs/1811.00596
 """
 
 import math
@@ -36,6 +39,7 @@ __all__ = [
     "relevance",
     "responsibilities",
     "second_moment",
+    "weight_kl",
 ]
 
 LOG_2PI = math.log(2 * math.pi)
@@ -254,6 +258,44 @@ class _KLBound(torch.autograd.Function):
         grad_mean = (mean * lam).mul_(grad)
         grad_log_var = (log_var.exp() * lam).sub_(1).mul_(grad / 2)
         return grad_mean.to(mean.dtype), grad_log_var.to(log_var.dtype), None, None, None
+
+
+def weight_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    r"""Exact divergence from the weight prior (10), each of whose scales is the best for its weight.
+
+    .. math:: KL(q \| p) = \tfrac12 \sum \log(1 + \mu^2 / s^2)
+
+    It is :func:`gaussian_kl` at :math:`\sigma^2 = \mu^2 + s^2`, and the sum of the :func:`relevance` of all weights
+    (Kharitonov 2018). As that scale is a minimum, it can be held fixed in the gradient, which is in closed form too.
+
+    Args:
+        mean: Posterior means, any shape.
+        log_var: Posterior log-variances, same shape.
+
+    Returns:
+        The divergence, a float32 scalar (float64 for float64 input) in nats, summed over all weights.
+    """
+    return _WeightKL.apply(mean, log_var)
+
+
+class _WeightKL(torch.autograd.Function):
+    """Value and gradient of (10), without autograd's 0/0 at a mean of zero."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, mean: Tensor, log_var: Tensor) -> Tensor:
+        dtype = torch.promote_types(log_var.dtype, torch.float32)
+        ctx.save_for_backward(mean, log_var)
+        return relevance(mean.to(dtype), log_var.to(dtype)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_var = ctx.saved_tensors  # type: ignore[attr-defined]  # torch does not declare it
+        wide = mean.to(torch.promote_types(log_var.dtype, torch.float32))
+        # (10): dKL/dmu = mu / (mu^2 + s^2), dKL/dlog s^2 = -mu^2 / 2 (mu^2 + s^2)
+        grad_mean = wide / second_moment(wide, log_var.to(wide.dtype)).clamp_min(torch.finfo(wide.dtype).tiny)
+        grad_log_var = (wide * grad_mean).mul_(-grad / 2)
+        return grad_mean.mul_(grad).to(mean.dtype), grad_log_var.to(log_var.dtype)
 
 
 def local_reparameterization(output_mean: Tensor, output_var: Tensor) -> Tensor:

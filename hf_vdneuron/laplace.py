@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from hf_vdneuron.curvature import Curvature
 from hf_vdneuron.elbo import em_step_, init_priors_, variational_layers
-from hf_vdneuron.functional import Theta, kl_bound, responsibilities
 from hf_vdneuron.layers import VariationalLayer
 
 
@@ -55,15 +54,14 @@ def fit_posterior_(model: nn.Module, curvature: Curvature, *, num_data: float, r
     init_priors_(model)
     for _ in range(rounds):
         for path, layer in variational_layers(model).items():
-            precision = _precision(layer)
+            precision = layer.prior.precision(*layer.posterior, layer.group_axis)
             layer.log_var.copy_(-(num_data * curvature.weights[path] + precision).log())
             if layer.group_scale is not None:
                 pull = _by_group(layer, precision * layer.direction.to(precision.dtype).square())
                 held = num_data * curvature.scales[path]
                 # A group that nothing holds goes; one that nothing pulls at either stays as it is.
                 layer.group_scale.copy_(torch.where(held + pull > 0, held / (held + pull), layer.group_scale))
-            _, by_feature = kl_bound(*layer.posterior, layer.prior.theta(), layer.group_axis)
-            layer.statistics = layer.prior.pool(by_feature)
+            _, layer.statistics = layer.prior.kl_bound(*layer.posterior, layer.group_axis)
         em_step_(model)
     return model
 
@@ -86,25 +84,9 @@ def negative_bound(model: nn.Module, curvature: Curvature, *, num_data: float) -
         loss = (curvature.weights[path].double() * log_var.double().exp()).sum()
         if layer.group_scale is not None:
             loss += (curvature.scales[path].double() * (layer.group_scale.double() - 1).square()).sum()
-        divergence, _ = kl_bound(mean.double(), log_var.double(), _wide(layer.prior.theta()), layer.group_axis)
+        divergence, _ = layer.prior.kl_bound(mean.double(), log_var.double(), layer.group_axis)
         total += (num_data / 2 * loss + divergence).cpu()
     return total
-
-
-def _wide(theta: Theta) -> Theta:
-    return Theta(*(values.double() for values in theta))
-
-
-def _precision(layer: VariationalLayer) -> Tensor:
-    r"""Precision :math:`\lambda` (9) of the prior as each weight feels it, in the shape of the weight."""
-    mean, log_var = layer.posterior
-    shape = [1] * mean.ndim
-    shape[layer.group_axis] = -1
-    theta = Theta(*(values.view(len(values), *shape) for values in layer.prior.theta()))
-    precisions = theta.prior_scales.square().reciprocal()
-    if len(precisions) == 1:
-        return precisions[0].expand_as(mean)
-    return (responsibilities(log_var.exp() + mean.square(), theta) * precisions).sum(0)
 
 
 def _by_group(layer: VariationalLayer, values: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hf_vdneuron.functional import PriorStatistics, kl_bound, local_reparameterization, second_moment
+from hf_vdneuron.functional import PriorStatistics, local_reparameterization, second_moment
 from hf_vdneuron.precision import at_least_float32, with_range_of_float32
-from hf_vdneuron.priors import GroupPrior
+from hf_vdneuron.priors import Prior
 from hf_vdneuron.sublayers import Axis
 
 
@@ -64,7 +64,7 @@ class VariationalLayer(nn.Module):
     bias: Tensor | None
     log_var: nn.Parameter
     group_scale: nn.Parameter | None
-    prior: GroupPrior
+    prior: Prior
     group_axis: int
     keep_out: Tensor | None
     keep_in: Tensor | None
@@ -117,8 +117,7 @@ class VariationalLayer(nn.Module):
         mean = self.mean
         if self.training and self.collect_kl:
             log_var = self._shape_parameter(self.log_var)
-            self.kl, per_feature = kl_bound(mean, log_var, self.prior.theta(), self.group_axis)
-            self.statistics = self.prior.pool(per_feature)
+            self.kl, self.statistics = self.prior.kl_bound(mean, log_var, self.group_axis)
         output_mean = self._product(inputs, mean, self.bias)
         if self.training and (self.frozen or not self.noise):
             # Distributed data parallelism stops at a parameter that its outputs do not depend on.
@@ -147,16 +146,17 @@ class VariationalLayer(nn.Module):
 
     @torch.no_grad()
     def initial_statistics(self) -> PriorStatistics:
-        r"""Sum the second moments of each group, to start the prior.
+        r"""Sum the second moments of each feature, to start a prior that learns.
 
         Returns:
-            Number of weights and sum of :math:`\tilde W^2` per group, shape `(1, num_groups)`.
+            Number of weights and sum of :math:`\tilde W^2` per feature along the group axis, shape
+            `(1, num_features)`.
         """
         moment = second_moment(*self.posterior)
         across = [dim for dim in range(moment.ndim) if dim != self.group_axis]
         sums = moment.sum(across)
         count = torch.full_like(sums, moment.numel() / sums.numel())
-        return self.prior.pool(PriorStatistics(count[None], sums[None]))
+        return PriorStatistics(count[None], sums[None])
 
     def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the dense layer's map with other weights."""
@@ -300,7 +300,7 @@ def dense_layer(model: nn.Module, path: str) -> DenseLayer:
 
 def make_variational_(
     layer: DenseLayer,
-    prior: GroupPrior,
+    prior: Prior,
     *,
     group_axis: int,
     log_var: float,

@@ -12,15 +12,16 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.elbo import init_priors_, variational_layers
 from hf_vdneuron.layers import dense_layer, feature_axis, make_dense_, make_variational_
-from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior, GroupPrior
+from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior, Prior, WeightPrior
 from hf_vdneuron.sublayers import Axis, Role, SideName, Slice, Sublayer
 
 
 __all__ = ["patch_model_", "select_sublayers", "unpatch_model_"]
 
-PRIORS: dict[PriorType, type[GroupPrior]] = {
+PRIORS: dict[PriorType, type[Prior]] = {
     PriorType.GROUP: GroupGaussianPrior,
     PriorType.MIXTURE: GaussianMixturePrior,
+    PriorType.WEIGHT: WeightPrior,
 }
 
 

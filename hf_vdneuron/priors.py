@@ -2,7 +2,8 @@
 r"""The learned prior of a weight matrix: parameters :math:`\theta` per group, moved by EM and never by gradient.
 
 Which method this is: not the log-uniform prior of variational dropout, but a *learned* scale per group of weights
-(empirical Bayes, also called ARD), with a group the size of a neuron or a head.
+(empirical Bayes, also called ARD), with a group the size of a neuron or a head. The weight prior, whose groups have
+one weight each, is there to compare with.
 """
 
 from abc import ABC, abstractmethod
@@ -12,11 +13,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from hf_vdneuron.functional import PriorStatistics, Theta
+from hf_vdneuron.functional import PriorStatistics, Theta, kl_bound, responsibilities, second_moment, weight_kl
 from hf_vdneuron.precision import at_least_float32
 
 
-__all__ = ["GaussianMixturePrior", "GroupGaussianPrior", "GroupPrior"]
+__all__ = ["GaussianMixturePrior", "GroupGaussianPrior", "GroupPrior", "Prior", "WeightPrior"]
 
 #: Mixture weights are projected into [floor, 1 - floor]: a component may become rare, but it can always come back.
 #: One in a million is less than one weight of the largest group in use.
@@ -36,7 +37,7 @@ def variance_floor(dtype: torch.dtype) -> float:
     return info.tiny / info.eps
 
 
-class GroupPrior(nn.Module, ABC):
+class Prior(nn.Module, ABC):
     r"""Prior of one weight matrix whose features are dealt out to groups.
 
     Args:
@@ -44,28 +45,107 @@ class GroupPrior(nn.Module, ABC):
         num_groups: Number of groups, :math:`G`.
         key: Name of the prior. Matrices whose priors have the same key share :math:`\theta`: their statistics are
             summed before the M step, and each holds its own equal copy, so that a layer needs no other.
+    """
+
+    feature_group: Tensor
+
+    def __init__(self, feature_group: Tensor, *, num_groups: int, key: str) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.key = key
+        self.register_buffer("feature_group", feature_group, persistent=False)
+
+    @abstractmethod
+    def kl_bound(self, mean: Tensor, log_var: Tensor, axis: int) -> tuple[Tensor, PriorStatistics | None]:
+        r"""Bound the divergence of a posterior from the prior.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            The bound, a scalar in nats, and its sums per group for the M step, or None if there is no
+            :math:`\theta` to move.
+        """
+
+    @abstractmethod
+    def precision(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        r"""Tell how hard the prior pulls each weight towards zero.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            :math:`\lambda` of (9), same shape, positive.
+        """
+
+    def extra_repr(self) -> str:
+        """Describe the prior in a printed model.
+
+        Returns:
+            Key and number of groups.
+        """
+        return f"key={self.key!r}, num_groups={self.num_groups}"
+
+
+class WeightPrior(Prior):
+    r"""Weight prior (10): every weight has a scale of its own, in closed form, so that there is no :math:`\theta`.
+
+    This is plain variational dropout in its empirical Bayes form (Kharitonov 2018). Groups share nothing but, where
+    there is one, the scale of their means.
+    """
+
+    def kl_bound(self, mean: Tensor, log_var: Tensor, axis: int) -> tuple[Tensor, None]:
+        """Return the divergence itself.
+
+        Args:
+            mean: Posterior means, any shape.
+            log_var: Posterior log-variances, same shape.
+            axis: Not used.
+
+        Returns:
+            Scalar in nats, and None.
+        """
+        return weight_kl(mean, log_var), None
+
+    def precision(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        r"""Return :math:`1 / \sigma^2` at the best scale of each weight.
+
+        Args:
+            mean: Posterior means, any shape.
+            log_var: Posterior log-variances, same shape.
+            axis: Not used.
+
+        Returns:
+            :math:`1 / (\mu^2 + s^2)`, same shape.
+        """
+        return second_moment(mean, log_var).clamp_min(variance_floor(mean.dtype)).reciprocal()
+
+
+class GroupPrior(Prior):
+    r"""Prior with parameters :math:`\theta` per group.
+
+    Args:
+        feature_group: Group of each feature along the group axis of the weight, shape `(num_features,)`, integer.
+        num_groups: Number of groups, :math:`G`.
+        key: Name that matrices which share :math:`\theta` have in common.
         dtype: Floating type of :math:`\theta`.
     """
 
     num_components: ClassVar[int]
-    feature_group: Tensor
     mixture_weights: Tensor
     prior_scales: Tensor
 
     def __init__(
         self, feature_group: Tensor, *, num_groups: int, key: str, dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__()
-        self.key = key
+        super().__init__(feature_group, num_groups=num_groups, key=key)
         theta = torch.ones(self.num_components, num_groups, dtype=dtype, device=feature_group.device)
-        self.register_buffer("feature_group", feature_group, persistent=False)
         self.register_buffer("mixture_weights", theta / self.num_components)
         self.register_buffer("prior_scales", theta.clone())
-
-    @property
-    def num_groups(self) -> int:
-        """Number of groups."""
-        return self.prior_scales.shape[1]
 
     @abstractmethod
     def initial_variances(self, variance: Tensor) -> Tensor:
@@ -85,6 +165,37 @@ class GroupPrior(nn.Module, ABC):
             Parameters of shape `(K, num_features)`.
         """
         return Theta(self.mixture_weights[:, self.feature_group], self.prior_scales[:, self.feature_group])
+
+    def kl_bound(self, mean: Tensor, log_var: Tensor, axis: int) -> tuple[Tensor, PriorStatistics]:
+        """Bound the divergence by (6), at the prior as it stands.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            Scalar in nats, and the sums of the E step (7), shape `(K, G)`.
+        """
+        bound, per_feature = kl_bound(mean, log_var, self.theta(), axis)
+        return bound, self.pool(per_feature)
+
+    def precision(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        r"""Weigh the components' precisions by their responsibilities (7), at the prior as it stands.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            :math:`\lambda` of (9), same shape.
+        """
+        shape = [1] * mean.ndim
+        shape[axis] = -1
+        theta = Theta(*(values.view(self.num_components, *shape) for values in self.theta()))
+        precisions = theta.prior_scales.square().reciprocal()
+        return (responsibilities(second_moment(mean, log_var), theta) * precisions).sum(0)
 
     def pool(self, statistics: PriorStatistics) -> PriorStatistics:
         """Sum statistics over the features of each group.
@@ -145,14 +256,6 @@ class GroupPrior(nn.Module, ABC):
         """Follow a cast or move of the model, without losing precision."""
         super()._apply(at_least_float32(fn), recurse)
         return self
-
-    def extra_repr(self) -> str:
-        """Describe the prior in a printed model.
-
-        Returns:
-            Key and number of groups.
-        """
-        return f"key={self.key!r}, num_groups={self.num_groups}"
 
 
 class GroupGaussianPrior(GroupPrior):

@@ -46,8 +46,12 @@ from hf_vdneuron.targets import speedup_budget
 
 
 OURS = "vd"
-#: Variants of ours.
-VARIATIONAL = {OURS: VDConfig(), "vd_group": VDConfig(prior=PriorType.GROUP)}
+#: Variants of ours, and what it set out from: there a weight shares nothing with its neuron, neither prior nor scale.
+VARIATIONAL = {
+    OURS: VDConfig(),
+    "vd_group": VDConfig(prior=PriorType.GROUP),
+    "vd_weight": VDConfig(prior=PriorType.WEIGHT, group_scale=False),
+}
 #: In the order in which they run: without a target, scorers need the counts of ours.
 METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *LEARNED_GATES)
 

@@ -49,6 +49,8 @@ LOG_VAR_LEARNING_RATE = 1e-2
 INITIAL_LOG_VAR = -9.0
 #: Stands in the place of a prior for the dense network, trained on for as many epochs.
 CONTROL = "dense"
+#: What runs if nobody says.
+PRIORS = (str(PriorType.GROUP), str(PriorType.MIXTURE), CONTROL)
 RESULTS_FILE = Path(__file__).parent / "results" / "lenet.jsonl"
 
 
@@ -354,8 +356,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with MNIST's two gzipped test files")
-    priors = [*map(str, PriorType), CONTROL]
-    parser.add_argument("--priors", nargs="+", choices=priors, default=priors, help="priors to run")
+    parser.add_argument(
+        "--priors", nargs="+", choices=[*map(str, PriorType), CONTROL], default=[*PRIORS], help="priors to run"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
     parser.add_argument(
         "--num_folds", type=int, choices=range(1, NUM_FOLDS + 1), default=NUM_FOLDS, help="folds to run"

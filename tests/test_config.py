@@ -111,7 +111,7 @@ def test_a_value_of_another_type_is_refused_constructed_or_read(name: str, value
 
 
 def test_errors_say_what_is_expected() -> None:
-    with pytest.raises(ValueError, match=r"`prior` is 'laplace': expected one of `group`, `mixture`\."):
+    with pytest.raises(ValueError, match=r"`prior` is 'laplace': expected one of `group`, `mixture`, `weight`\."):
         VDConfig(prior="laplace")  # type: ignore[arg-type]
 
 

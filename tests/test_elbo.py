@@ -21,9 +21,11 @@ from hf_vdneuron.elbo import (
 from hf_vdneuron.functional import second_moment
 from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.priors import WeightPrior
 
 
 prior_cases = pytest.mark.parametrize("prior", PriorType)
+learned_prior_cases = pytest.mark.parametrize("prior", [PriorType.GROUP, PriorType.MIXTURE])
 grouping_cases = pytest.mark.parametrize("grouping", Grouping)
 
 Parameters = tuple[list[float], list[float]]
@@ -112,8 +114,10 @@ def loop_bound(model: nn.Module) -> float:
         for group, posteriors in zip(
             layer.prior.feature_group.tolist(), zip(means, log_vars, strict=True), strict=True
         ):
-            its_prior = parameters(layer, group)
-            total += math.fsum(references.kl_bound(m, v, *its_prior) for m, v in zip(*posteriors, strict=True))
+            for m, v in zip(*posteriors, strict=True):
+                alone = [1.0], [math.sqrt(m**2 + math.exp(v))]
+                its_prior = alone if isinstance(layer.prior, WeightPrior) else parameters(layer, group)
+                total += references.kl_bound(m, v, *its_prior)
     return total
 
 
@@ -201,7 +205,7 @@ def test_switching_forgets_what_was_collected() -> None:
 # The prior
 
 
-@prior_cases
+@learned_prior_cases
 @grouping_cases
 def test_em_step_is_the_loop_over_all_weights_that_share_a_prior(prior: PriorType, grouping: Grouping) -> None:
     model = chain(prior, grouping)
@@ -223,7 +227,7 @@ def test_em_step_is_the_loop_over_all_weights_that_share_a_prior(prior: PriorTyp
                 assert found[1] == pytest.approx(scales, rel=1e-10)
 
 
-@prior_cases
+@learned_prior_cases
 def test_start_is_the_loop_over_all_weights_that_share_a_prior(prior: PriorType) -> None:
     factors = {PriorType.GROUP: [1.0], PriorType.MIXTURE: [2.0, 0.2]}[prior]
     model = chain(prior)
@@ -236,7 +240,7 @@ def test_start_is_the_loop_over_all_weights_that_share_a_prior(prior: PriorType)
             assert scales == pytest.approx([math.sqrt(factor * mean) for factor in factors], rel=1e-12)
 
 
-@prior_cases
+@learned_prior_cases
 def test_layers_that_share_a_prior_hold_equal_copies(prior: PriorType) -> None:
     model = chain(prior)
     for _ in range(3):
@@ -283,7 +287,7 @@ def test_shared_prior_waits_for_all_its_layers() -> None:
     assert moved == {"0.prior.mixture_weights", "0.prior.prior_scales"}
 
 
-@prior_cases
+@learned_prior_cases
 def test_accumulation_moves_the_prior_like_one_batch(prior: PriorType) -> None:
     once = chain(prior, noise=True)
     every, last = copy.deepcopy(once), copy.deepcopy(once)
@@ -322,8 +326,9 @@ def test_checkpointing_changes_neither_divergence_nor_gradient_nor_prior(prior: 
 
 # Dynamo itself does what this warns of.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compilation_changes_neither_divergence_nor_gradient_nor_prior() -> None:
-    plain, inputs = chain(), batch()
+@pytest.mark.parametrize("prior", [PriorType.MIXTURE, PriorType.WEIGHT])
+def test_compilation_changes_neither_divergence_nor_gradient_nor_prior(prior: PriorType) -> None:
+    plain, inputs = chain(prior), batch()
     compiled_model = copy.deepcopy(plain)
     losses = []
     for model, forward in (

@@ -24,6 +24,7 @@ from hf_vdneuron.functional import (
     relevance,
     responsibilities,
     second_moment,
+    weight_kl,
 )
 
 
@@ -144,6 +145,60 @@ def test_divergence_has_its_short_form_at_the_best_group_scale() -> None:
     scale = optimal_prior_scale(mean, log_var)
     short = (scale.square() / log_var.exp()).log().sum() / 2
     torch.testing.assert_close(gaussian_kl(mean, log_var, scale).sum(), short)
+
+
+# Exact divergence of the weight prior
+
+
+@posterior_cases
+def test_weight_kl_is_the_least_over_all_scales(mean: float, std: float) -> None:
+    def divergence(log_scale: float) -> float:
+        return references.mixture_kl(mean, std, [1.0], [math.exp(log_scale)])
+
+    best = minimize_scalar(divergence, bracket=(math.log(std) - 1, math.log(std) + 1), tol=1e-10)
+    assert weight_kl(*single_weight(mean, std)).item() == pytest.approx(best.fun, rel=1e-7, abs=1e-9)
+
+
+@layout_cases
+def test_weight_kl_is_the_loop_over_its_weights(shape: tuple[int, ...], axis: int) -> None:
+    mean, log_var = random_posterior(shape)
+    pairs = zip(mean.flatten().tolist(), log_var.flatten().tolist(), strict=True)
+    expected = math.fsum(math.log1p(m**2 / math.exp(v)) / 2 for m, v in pairs)
+    assert weight_kl(mean, log_var).item() == pytest.approx(expected, rel=1e-13)
+    best = second_moment(mean, log_var).sqrt()
+    torch.testing.assert_close(weight_kl(mean, log_var), gaussian_kl(mean, log_var, best).sum())
+
+
+def test_gradient_of_weight_kl_is_that_of_autograd() -> None:
+    mean, log_var = random_posterior((4, 3), requires_grad=True)
+    naive = 3 * (1 + mean.square() / log_var.exp()).log().sum() / 2
+    expected = torch.autograd.grad(naive, (mean, log_var))
+    found = torch.autograd.grad(3 * weight_kl(mean, log_var), (mean, log_var))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(weight_kl, (mean, log_var))
+
+
+@pytest.mark.parametrize("log_var", [-2000.0, -20.0, 0.0, 80.0])
+def test_weights_at_zero_cost_nothing_and_stay_there(log_var: float) -> None:
+    values = torch.zeros(3, requires_grad=True), torch.full((3,), log_var, requires_grad=True)
+    kl = weight_kl(*values)
+    kl.backward()
+    assert kl.item() == 0
+    assert [gradient.tolist() for gradient in (values[0].grad, values[1].grad)] == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+def test_half_precision_means_lose_only_their_rounding_in_weight_kl(dtype: torch.dtype) -> None:
+    mean, log_var = random_posterior((4, 3))
+    half = (mean.to(dtype).requires_grad_(), log_var.float().requires_grad_())
+    full = tuple(values.detach().double().requires_grad_() for values in half)
+    found, exact = weight_kl(*half), weight_kl(*full)
+    (found + exact).backward()
+    assert found.dtype is torch.float32
+    assert [values.grad.dtype for values in half] == [dtype, torch.float32]
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(half[0].grad.double(), full[0].grad, rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(half[1].grad.double(), full[1].grad, rtol=1e-5, atol=0)
 
 
 # The bound of the mixture prior

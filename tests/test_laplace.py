@@ -15,6 +15,7 @@ from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.laplace import fit_posterior_, negative_bound
 from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.priors import WeightPrior
 
 
 def random_curvature(model: nn.Module, seed: int, *, level: float = 1.0) -> Curvature:
@@ -27,7 +28,7 @@ def random_curvature(model: nn.Module, seed: int, *, level: float = 1.0) -> Curv
     layers = variational_layers(model)
     return Curvature(
         {name: draw(layer.log_var) for name, layer in layers.items()},
-        {name: draw(layer.prior.prior_scales[0]) for name, layer in layers.items()},
+        {name: draw(layer.log_var.new_empty(layer.prior.num_groups)) for name, layer in layers.items()},
     )
 
 
@@ -61,6 +62,11 @@ def test_no_round_raises_the_negative_bound(
 def loss_and_divergence(layer: VariationalLayer, name: str, curvature: Curvature, num_data: float) -> Tensor:
     """The negative bound of a layer, written down again: with a density of the mixture and all in the graph."""
     mean, log_var = layer.mean, layer.log_var
+    loss = (curvature.weights[name] * log_var.exp()).sum() + (
+        curvature.scales[name] * (layer.group_scale - 1) ** 2
+    ).sum()
+    if isinstance(layer.prior, WeightPrior):
+        return num_data / 2 * loss + (1 + mean**2 / log_var.exp()).log().sum() / 2
     moment = (mean.square() + log_var.exp()).movedim(layer.group_axis, -1)
     weights, scales = (
         values[:, layer.prior.feature_group] for values in (layer.prior.mixture_weights, layer.prior.prior_scales)
@@ -70,9 +76,6 @@ def loss_and_divergence(layer: VariationalLayer, name: str, curvature: Curvature
         for p, scale in zip(weights, scales, strict=True)
     )
     divergence = -(log_var + math.log(2 * math.pi * math.e)).sum() / 2 - density.log().sum()
-    loss = (curvature.weights[name] * log_var.exp()).sum() + (
-        curvature.scales[name] * (layer.group_scale - 1) ** 2
-    ).sum()
     return num_data / 2 * loss + divergence
 
 

@@ -26,7 +26,7 @@ from hf_vdneuron.layers import (
     make_dense_,
     make_variational_,
 )
-from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior
+from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior, WeightPrior
 from hf_vdneuron.sublayers import Axis
 
 
@@ -220,6 +220,22 @@ def test_kl_and_statistics_are_those_of_the_mean_network(build: Build, shape: Sh
     for found, per_feature in zip(layer.statistics, statistics, strict=True):
         by_group = [per_feature[:, group::NUM_GROUPS].sum(1) for group in range(NUM_GROUPS)]
         torch.testing.assert_close(found, torch.stack(by_group, 1))
+
+
+@class_cases
+def test_masked_weights_have_no_part_in_the_divergence_from_the_weight_prior(build: Build, shape: Shape) -> None:
+    layer = trained(build().double(), masked=tuple(Axis))
+    layer.prior = WeightPrior(layer.prior.feature_group, num_groups=NUM_GROUPS, key="test")
+    drop_(layer)
+    layer(torch.randn(2, *shape, dtype=torch.float64))
+    kept = layer.mean != 0
+    assert 0 < kept.sum() < kept.numel()
+    expected = (1 + layer.mean[kept] ** 2 / layer.log_var[kept].exp()).log().sum() / 2
+    torch.testing.assert_close(layer.kl, expected)
+    layer.kl.backward()
+    assert not layer.log_var.grad[~kept].any()
+    assert layer.log_var.grad[kept].all()
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_gradient_of_the_group_scale_sums_that_of_its_weights() -> None:
@@ -538,14 +554,13 @@ def test_module_that_can_hold_no_posterior_is_named() -> None:
 
 
 @class_cases
-def test_initial_statistics_are_sums_over_groups(build: Build, shape: Shape) -> None:
+def test_initial_statistics_are_sums_over_features(build: Build, shape: Shape) -> None:
     layer = trained(build().double(), axis=Axis.IN)
     moments = second_moment(layer.mean, layer.log_var).movedim(layer.group_axis, 0)
     found = layer.initial_statistics()
-    for group in range(NUM_GROUPS):
-        members = moments[group::NUM_GROUPS]
-        assert found.resp[0, group].item() == members.numel()
-        assert found.moment[0, group].item() == pytest.approx(members.sum().item(), rel=1e-12)
+    for feature, members in enumerate(moments):
+        assert found.resp[0, feature].item() == members.numel()
+        assert found.moment[0, feature].item() == pytest.approx(members.sum().item(), rel=1e-12)
 
 
 def test_dense_checkpoint_resets_the_group_scale() -> None:

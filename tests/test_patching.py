@@ -38,6 +38,7 @@ from hf_vdneuron.pruning import prune_model_
 CONFIGS = {
     "defaults": VDConfig(),
     "group_prior": VDConfig(prior=PriorType.GROUP),
+    "weight_prior": VDConfig(prior=PriorType.WEIGHT),
     "rows": VDConfig(grouping=Grouping.ROWS),
     "coupled_query_key": VDConfig(grouping=Grouping.COUPLED, query_key=True),
     "no_group_scale": VDConfig(group_scale=False, query_key=True),
@@ -362,7 +363,7 @@ def test_prior_groups_cover_exactly_the_slices_of_their_unit(family: str, groupi
     assert len({shared[0] for shared in keys.values()}) == len(keys)
 
 
-@pytest.mark.parametrize("prior", PriorType)
+@pytest.mark.parametrize("prior", [PriorType.GROUP, PriorType.MIXTURE])
 @pytest.mark.parametrize("grouping", Grouping)
 def test_prior_starts_at_the_second_moment_of_its_group(grouping: Grouping, prior: PriorType) -> None:
     model = patch_model_(tiny_model("bert"), VDConfig(grouping=grouping, prior=prior, initial_log_var=-3.0))

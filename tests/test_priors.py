@@ -20,6 +20,8 @@ from hf_vdneuron.priors import (
     GaussianMixturePrior,
     GroupGaussianPrior,
     GroupPrior,
+    Prior,
+    WeightPrior,
     variance_floor,
 )
 
@@ -165,6 +167,29 @@ def test_theta_gives_each_feature_the_parameters_of_its_group() -> None:
         assert (theta.mixture_weights[:, feature].tolist(), theta.prior_scales[:, feature].tolist()) == parameters(
             prior, group
         )
+
+
+@pytest.mark.parametrize("prior_class", [*PRIORS.values(), WeightPrior], ids=[*PRIORS, "weight"])
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_precision_is_the_pull_of_the_bound_on_the_means(prior_class: type[Prior], axis: int) -> None:
+    posterior = Posterior(*(values.movedim(0, axis) for values in random_posterior(6)))
+    prior = prior_class(torch.tensor(FEATURE_GROUPS["unequal"]), num_groups=NUM_GROUPS, key="test").double()
+    if isinstance(prior, GroupPrior):
+        prior.prior_scales.copy_(torch.tensor([[0.9, 0.7, 0.5], [0.1, 0.2, 0.3]])[: prior.num_components])
+    mean = posterior.mean.requires_grad_()
+    bound, _ = prior.kl_bound(mean, posterior.log_var, axis)
+    (pull,) = torch.autograd.grad(bound, mean)  # (9): mu lambda
+    torch.testing.assert_close(prior.precision(*posterior, axis) * mean, pull, rtol=1e-10, atol=0)
+
+
+def test_weight_prior_has_nothing_to_learn_or_save() -> None:
+    prior = WeightPrior(torch.tensor([0, 0, 1]), num_groups=2, key="test")
+    posterior = random_posterior(3)
+    bound, statistics = prior.kl_bound(*posterior, 0)
+    assert bound.item() == pytest.approx((1 + posterior.mean**2 / posterior.log_var.exp()).log().sum().item() / 2)
+    assert statistics is None
+    assert [*prior.parameters()] == [*prior.state_dict()] == []
+    assert "key='test', num_groups=2" in repr(prior)
 
 
 # Wherever it is sent

@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron.config import VDConfig
+from hf_vdneuron.config import PriorType, VDConfig
 from hf_vdneuron.elbo import num_weights, variational_layers
 from hf_vdneuron.functional import gaussian_kl
 from hf_vdneuron.layers import VariationalLayer
@@ -215,11 +215,10 @@ def test_logs_say_what_happens(tmp_path: Path) -> None:
 
 def run(output_dir: Path, *, resume_from: int | None = None, **options: Any) -> dict[str, Tensor]:
     """Train with dropout and noise, saving every step, and return the final state."""
-    data = {"eval_dataset": rows()}
     trainer = make_trainer(
         output_dir,
         tiny_bert(dropout=0.1),
-        trainer_options=data,
+        trainer_options={"eval_dataset": rows(), **options.pop("trainer_options", {})},
         save_strategy="steps",
         save_steps=1,
         gradient_accumulation_steps=2,
@@ -255,6 +254,13 @@ def test_a_resumed_run_ends_bit_equal(uninterrupted: Run, tmp_path: Path, step: 
 @pytest.mark.parametrize("step", [4, 5, 6, 8, 9])
 def test_a_resumed_run_to_a_target_ends_bit_equal(uninterrupted_to_target: Run, tmp_path: Path, step: int) -> None:
     require_same_end(uninterrupted_to_target, tmp_path, step, **STEERED)
+
+
+def test_a_resumed_run_with_a_prior_that_learns_nothing_ends_bit_equal(tmp_path: Path) -> None:
+    options = {"trainer_options": {"vd_config": VDConfig(prior=PriorType.WEIGHT)}}
+    whole = tmp_path / "whole", run(tmp_path / "whole", **options)
+    require_same_end(whole, tmp_path, 6, **options)
+    assert not any("prior" in name for name in whole[1])
 
 
 def require_same_end(uninterrupted: Run, tmp_path: Path, step: int, **options: Any) -> None:

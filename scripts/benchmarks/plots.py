@@ -59,6 +59,7 @@ OUR_COLOURS = {"vd": "first", "vd_group": "second"}
 
 #: All others are told apart by their points.
 MARKERS = {
+    "vd_weight": ".",
     "magnitude": "s",
     "taylor": "^",
     "fisher": "v",
