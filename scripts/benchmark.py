@@ -6,7 +6,8 @@
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
 on until the budget of optimizer steps after the dense checkpoint is spent, equal for all but `fisher_oneshot`, which
 spends none. With `--target_speedups` each method keeps what the speed-up affords; without, `vd` decides by the
-dropout-rate rule, and the baselines keep as many heads and neurons of their own choice.
+dropout-rate rule, and the baselines keep as many heads and neurons of their own choice. The dense checkpoint teaches
+them all or, with `--no_distillation`, none: those are other runs, with tables and pictures of their own.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -85,6 +86,9 @@ class BenchmarkArguments:
     recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery; others recover for both."})
     dense_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the dense checkpoint."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of everything after it."})
+    distillation: bool = field(
+        default=True, metadata={"help": "Whether the dense checkpoint teaches what is trained after it."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Train in mixed precision. Scores are in fp32 always."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
     plan: bool = field(default=False, metadata={"help": "Print what is left to do and what it may take, and stop."})

@@ -105,6 +105,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> tuple[dict[Phase, fl
         dense_learning_rate=LEARNING_RATE,
         learning_rate=LEARNING_RATE,
         bf16=args.bf16,
+        distillation=True,
     )
     seconds: dict[Phase, list[float]] = {phase: [] for phase in Phase}
     looks: list[float] = []

@@ -21,6 +21,7 @@ from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 from transformers import AutoModel, BertConfig
 
+from hf_vdneuron import trainer
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
 from hf_vdneuron.persistence import from_pretrained
@@ -218,13 +219,50 @@ def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     assert Results(path, {"steps": 1}).find(run._replace(target_speedup=2.0)) is None
 
 
+def test_rows_from_before_a_setting_have_what_was_the_rule(tmp_path: Path) -> None:
+    path, run = tmp_path / "results.jsonl", Run("sst2", 0, "vd")
+    Results(path, {"steps": 1}).add(run._asdict())
+    assert Results(path, {"steps": 1, "distillation": True}).find(run) is not None
+    assert Results(path, {"steps": 1, "distillation": False}).find(run) is None
+
+
+def test_runs_without_a_teacher_are_not_mixed_with_others(
+    samples: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, rows = finished
+    benchmark.main(flags(samples, folder, "--table"))
+    assert "| sst2 |  | vd | 1 |" in capsys.readouterr().out
+    benchmark.main(flags(samples, folder, "--table", "--no_distillation"))
+    assert "sst2" not in capsys.readouterr().out
+    benchmark.main(flags(samples, folder, "--plan", "--no_distillation"))
+    plan = capsys.readouterr().out
+    assert all(row["method"] in plan for row in rows)
+
+
+def test_without_distillation_nobody_is_taught(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("a lesson")
+
+    monkeypatch.setattr(trainer, "distillation_loss", refuse)
+    monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+    monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
+    methods = ("vd", "random", "l0")  # a posterior, recovery alone, gates that learn
+    asked = flags(samples, tmp_path, "--target_speedups", "1.2", "--methods")
+    benchmark.main([*asked, *methods, "--no_distillation"])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["settings"]["distillation"]) for row in rows] == [(name, False) for name in methods]
+    for name in methods:
+        with pytest.raises(RuntimeError, match="a lesson"):
+            benchmark.main([*asked, name])
+
+
 def test_targets_are_runs_of_their_own(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
     monkeypatch.setattr(cell, "LOGGING_STEPS", 1)
     monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
-    methods = ("vd", "fisher", ONE_SHOT, "l0", "movement")
+    methods = ("vd", "fisher", "l0", "movement")
     asked = flags(samples, tmp_path, "--methods", *methods, "--target_speedups", "1.2", "1.5")
     benchmark.main(asked)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -59,6 +59,7 @@ class Settings:
         dense_learning_rate: Learning rate of the dense checkpoint.
         learning_rate: Learning rate of everything after it.
         bf16: Whether training is in mixed precision; scores are in fp32 always.
+        distillation: Whether the dense checkpoint teaches what is trained after it.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Settings:
     dense_learning_rate: float
     learning_rate: float
     bf16: bool
+    distillation: bool
 
     @property
     def budget(self) -> int:
@@ -124,6 +126,14 @@ class Cell:
             self.save(model, DENSE)
         return self.load(DENSE)
 
+    def teacher(self) -> PreTrainedModel | None:
+        """Load who teaches all that is trained after the dense checkpoint.
+
+        Returns:
+            The dense checkpoint, or None without distillation.
+        """
+        return self.dense() if self.settings.distillation else None
+
     def sparsify(
         self, model: PreTrainedModel, vd_config: VDConfig, target_speedup: float | None
     ) -> tuple[PreTrainedModel, Courses]:
@@ -139,7 +149,7 @@ class Cell:
         """
         steps = self.settings.sparsify_steps
         trainer = self.train(
-            model, Phase.SPARSIFY, steps, vd_config=vd_config, teacher=self.dense(), target_speedup=target_speedup
+            model, Phase.SPARSIFY, steps, vd_config=vd_config, teacher=self.teacher(), target_speedup=target_speedup
         )
         curves = report_training(trainer.state.log_history, trainer.plan).curves
         return trainer.prune(), {name: asdict(curves[name]) for name in COURSES if name in curves}
@@ -156,11 +166,11 @@ class Cell:
         """
         with gated(model, gates.values):
             steps = self.settings.sparsify_steps
-            self.train(model, Phase.RECOVER, steps, teacher=self.dense(), callbacks=[gates]).prune()
+            self.train(model, Phase.RECOVER, steps, teacher=self.teacher(), callbacks=[gates]).prune()
         return gates.choose_()
 
     def recover(self, model: PreTrainedModel, steps: int) -> PreTrainedModel:
-        """Train what is left, with the dense checkpoint as the teacher.
+        """Train what is left.
 
         Args:
             model: A pruned model.
@@ -169,7 +179,7 @@ class Cell:
         Returns:
             The same model.
         """
-        return self.train(model, Phase.RECOVER, steps, teacher=self.dense()).prune()
+        return self.train(model, Phase.RECOVER, steps, teacher=self.teacher()).prune()
 
     def batches(self, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         """Read training rows for a method that scores a model before it trains it.
@@ -268,6 +278,9 @@ class Cell:
     def _arguments(self, phase: Phase, steps: int, **more: Any) -> VDTrainingArguments:
         rates = {Phase.FINETUNE: self.settings.dense_learning_rate}
         fractions: dict[str, Any] = {f"{part}_fraction": float(part is phase) for part in Phase}
+        if not self.settings.distillation:
+            # Without a teacher given, the model as it was would be one.
+            more["distillation_weight"] = 0.0
         return VDTrainingArguments(
             output_dir=str(self.folder / "trainer"),
             max_steps=steps,

@@ -11,6 +11,9 @@ __all__ = ["Results", "Row", "Run", "latency_table", "score_table"]
 
 Row = dict[str, Any]
 
+#: What settings were before they could be chosen. Rows of that time lack them.
+FORMER_SETTINGS: Row = {"distillation": True}
+
 
 class Run(NamedTuple):
     """What a run is known by, among those with the same settings.
@@ -53,7 +56,8 @@ class Results:
             Their rows, in the order in which they were finished.
         """
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [row for row in map(json.loads, lines) if row["settings"] == self.settings]
+        wanted = FORMER_SETTINGS | self.settings
+        return [row for row in map(json.loads, lines) if FORMER_SETTINGS | row["settings"] == wanted]
 
     def find(self, run: Run) -> Row | None:
         """Look up one run.
