@@ -83,13 +83,20 @@ def test_gradients_leave_no_trace() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_taylor_averages_over_examples() -> None:
+def test_taylor_averages_over_examples_and_makes_heads_and_neurons_comparable() -> None:
     model = tiny_model("bert", "sequence_classification")
     gradients = gate_gradients(model, BATCHES)
     scores = SCORERS["taylor"](model, BATCHES, torch.Generator())
     assert scores.keys() == gradients.keys()
-    for path, slopes in gradients.items():
-        torch.testing.assert_close(scores[path], slopes.abs().mean(0))
+    for unit in Unit:
+        parts = [part for part in find_sublayers(model) if part.unit is unit]
+        found, slopes = (
+            torch.cat([values[part.path] for part in parts])
+            for values in (scores, {path: gradient.abs().mean(0) for path, gradient in gradients.items()})
+        )
+        matrices = {matrix.module for part in parts for matrix in part.matrices}
+        num_weights = sum(model.get_parameter(f"{path}.weight").numel() for path in matrices)
+        torch.testing.assert_close(found, slopes * num_weights / slopes.sum())
 
 
 @torch.no_grad()

@@ -102,15 +102,26 @@ def _layer_of(path: str) -> str:
 def taylor(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
     r"""Score a unit by how much the loss of an example depends on its gate.
 
+    Slopes of first order do not add up, so that a head's is not worth those of the 64 neurons that cost as much: by
+    slope per cost MiniLM made three times as fast would keep one head, and chance would do better. So heads and
+    neurons are scaled to be worth the same per weight, on average.
+
     Args:
         model: A dense model.
         batches: Training rows.
         generator: Not used.
 
     Returns:
-        :math:`\mathbb E_i |\partial L_i / \partial m_u|` (Michel 2019, eq. 2).
+        :math:`\mathbb E_i |\partial L_i / \partial m_u|` (Michel 2019, eq. 2), scaled to add up to the number of
+        weights for either kind of unit.
     """
-    return {path: gradients.abs().mean(0) for path, gradients in gate_gradients(model, batches).items()}
+    slopes = {path: gradients.abs().mean(0) for path, gradients in gate_gradients(model, batches).items()}
+    weights, totals = (dict.fromkeys(Unit, 0.0) for _ in range(2))
+    sublayers = find_sublayers(model)
+    for part in sublayers:
+        weights[part.unit] += sum(dense_layer(model, matrix.module).weight.numel() for matrix in part.matrices)
+        totals[part.unit] += slopes[part.path].sum().item()
+    return {part.path: slopes[part.path] * (weights[part.unit] / totals[part.unit]) for part in sublayers}
 
 
 #: Name of a baseline -> how it scores units.
