@@ -60,7 +60,8 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
     positions the squares are summed, as noise is drawn per position in training (Kingma 2015).
 
     Args:
-        model: A patched model whose forward returns the mean `loss` of its batch; put into evaluation mode.
+        model: A patched model whose forward returns the `loss` of its batch, a mean over examples; put into evaluation
+            mode. A mean over tokens counts long examples for more.
         batches: Examples with labels.
 
     Returns:
@@ -79,10 +80,9 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
     scales = {path: layer.log_var.new_zeros(layer.prior.num_groups) for path, layer in layers.items()}
     count = 0
     for batch in batches:
-        calls, loss = _forward(model, layers, batch)
-        size = len(next(iter(batch.values())))
-        # The loss is a mean, and that of one example depends on its own activations only.
-        gradients = torch.autograd.grad(size * loss, [call.outputs for call in calls])
+        calls, loss, size = _forward(model, layers, batch)
+        # The loss of one example depends on its own activations only.
+        gradients = torch.autograd.grad(loss, [call.outputs for call in calls])
         by_example: dict[str, Tensor] = {}
         for call, gradient in zip(calls, gradients, strict=True):
             weights[call.path] += _squared(call, gradient)
@@ -101,20 +101,24 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
 
 def _forward(
     model: nn.Module, layers: Mapping[str, VariationalLayer], batch: Mapping[str, Any]
-) -> tuple[list[_Call], Tensor]:
-    """Run a batch, and note what goes through each layer."""
+) -> tuple[list[_Call], Tensor, int]:
+    """Run a batch, and note what goes through each layer, the loss summed over examples, and their number."""
     calls: list[_Call] = []
 
-    def note(layer: VariationalLayer, inputs: tuple[Tensor], outputs: Tensor, *, path: str) -> None:
-        calls.append(_Call(path, layer, inputs[0].detach(), outputs))
+    def note(layer: VariationalLayer, inputs: tuple[Tensor], outputs: Tensor, *, path: str) -> Tensor:
+        # Of frozen layers too; and what comes next may work in place, so it gets a copy.
+        noted = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
+        calls.append(_Call(path, layer, inputs[0].detach(), noted))
+        return noted.clone()
 
     with ExitStack() as hooks, torch.enable_grad():
         for path, layer in layers.items():
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
         loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(f"A batch with {', '.join(batch)} gives no loss: expected `labels` in every batch.")
-    return calls, loss
+        if loss is None:
+            raise ValueError(f"A batch with {', '.join(batch)} gives no loss: expected `labels` in every batch.")
+        size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
+        return calls, size * loss, size
 
 
 def _squared(call: _Call, gradient: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
+from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import log_alpha_histogram
 from hf_vdneuron.report import Curve, DropoutRateReport, SizesReport, TrainingReport
 from hf_vdneuron.schedules import PhasePlan
-from hf_vdneuron.tolerance import CUT_SPEEDUP, CUT_VALUE, DENSE_VALUE, FINAL_VALUE
-from hf_vdneuron.training_args import Tolerance, VDTrainingArguments
+from hf_vdneuron.tolerance import CHOSEN_SPEEDUP, CUT_SPEEDUP, CUT_VALUE, DENSE_VALUE, FINAL_VALUE, LIMIT
+from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = ["PosteriorCallback", "report_training"]
@@ -111,22 +112,22 @@ def report_training(
 
 def _report_sizes(log_history: Sequence[dict[str, Any]], tolerance: Tolerance) -> SizesReport | None:
     """Read the cuts that a tolerance had to choose from; None if the run never came so far."""
-    dense, final = (
-        next((entry[name] for entry in reversed(log_history) if name in entry), None)
-        for name in (DENSE_VALUE, FINAL_VALUE)
-    )
-    cuts = [(entry[CUT_SPEEDUP], entry[CUT_VALUE]) for entry in log_history if CUT_SPEEDUP in entry]
+    ends = [index for index, entry in enumerate(log_history) if CHOSEN_SPEEDUP in entry]
+    if not ends:
+        return None
+    chosen, limit, dense = (log_history[ends[-1]][name] for name in (CHOSEN_SPEEDUP, LIMIT, DENSE_VALUE))
+    start = ends[-2] if len(ends) > 1 else 0
+    cuts = [(entry[CUT_SPEEDUP], entry[CUT_VALUE]) for entry in log_history[start : ends[-1]] if CUT_SPEEDUP in entry]
     # JSON knows no infinity, which is the speed-up where nothing at all is left.
     cuts = [(speedup, value) for speedup, value in cuts if isfinite(speedup) and isfinite(value)]
-    if dense is None or not cuts:
-        return None
-    good = [index for index, (_, value) in enumerate(cuts) if tolerance.allows(value, dense)]
+    speedups = [speedup for speedup, _ in cuts]
+    final = next((entry[FINAL_VALUE] for entry in reversed(log_history) if FINAL_VALUE in entry), None)
     return SizesReport(
         metric=tolerance.metric,
         dense=dense,
-        limit=tolerance.limit(dense),
-        speedups=[speedup for speedup, _ in cuts],
+        limit=limit,
+        speedups=speedups,
         values=[value for _, value in cuts],
-        chosen=max(good, default=None),
+        chosen=speedups.index(chosen) if chosen in speedups else None,
         final=final,
     )

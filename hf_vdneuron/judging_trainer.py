@@ -3,16 +3,19 @@
 
 from collections.abc import Iterator
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 
-from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.resumable_trainer import ResumableTrainer
 from hf_vdneuron.tolerance import (
+    CHOSEN_SPEEDUP,
     CUT_SPEEDUP,
     CUT_VALUE,
     DENSE_VALUE,
+    LIMIT,
     ToleranceCallback,
     last_logged,
     smallest_cut,
@@ -56,21 +59,34 @@ class JudgingTrainer(ResumableTrainer):
         """Judge the run where it has a tolerance; to be called when all else that cuts is in place."""
         if self.args.tolerance is None:
             return
-        if self.choice_dataset is None:
+        if self.choice_dataset is None or self.choice_dataset == {}:
             raise ValueError(
                 f"`{self.args.goal}` is asked for, and there is nothing to judge by: pass an `eval_dataset`."
             )
-        self.add_callback(ToleranceCallback(self._judge, lambda name, value: self.log({name: value})))
+        self.add_callback(
+            ToleranceCallback(self._judge, self._dense_value, lambda name, value: self.log({name: value}))
+        )
 
-    def _choose(self) -> RelevanceMask:
+    def _dense_value(self) -> float | None:
+        """Look up what the dense model was judged by the metric of the tolerance, None if it was not."""
+        metric = "" if self.args.tolerance is None else self.args.tolerance.metric
+        judged = self.milestone(f"{DENSE_VALUE}_{metric}")
+        # A run without a tolerance has scored it too, if on the same rows.
+        is_same = self.choice_dataset is self.eval_dataset and not isinstance(self.eval_dataset, dict)
+        return self.milestone(f"dense_{metric}") if judged is None and is_same else judged
+
+    def _choose(self, *, log: bool = True) -> RelevanceMask:
         """Decide what a trained posterior keeps, and log every size that a tolerance has looked at."""
-        tolerance, dense = self.args.tolerance, self.milestone(DENSE_VALUE)
+        tolerance, dense = self.args.tolerance, self._dense_value()
         if tolerance is None or dense is None:
             return self._steering.mask(self.model, self.args)
-        mask, cuts = smallest_cut(self.model, tolerance, dense, self._judge, length=self.max_length)
-        for cut in cuts:
-            self.log({CUT_SPEEDUP: cut.speedup, CUT_VALUE: cut.value})
-        return mask
+        chosen, cuts = smallest_cut(self.model, tolerance, dense, self._judge, length=self.max_length)
+        if log:
+            for cut in cuts:
+                self.log({CUT_SPEEDUP: cut.speedup, CUT_VALUE: cut.value})
+            limit, speedup = tolerance.limit(dense), chosen.speedup if chosen else 1.0
+            self.log({DENSE_VALUE: dense, LIMIT: limit, CHOSEN_SPEEDUP: speedup})
+        return chosen.mask if chosen else read_mask(self.model)
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""
@@ -89,7 +105,8 @@ class JudgingTrainer(ResumableTrainer):
                     f"{', '.join(sorted(known))} as `metric_for_best_model`, or a `compute_metrics` that gives it."
                 )
             values.append(known[name])
-        return fmean(values)
+        # Every process has to choose the same, whatever a metric that is made in each of them says.
+        return cast(float, broadcast_object_list([fmean(values)])[0])
 
     def _evaluate_all(self, data: EvalData, prefix: str) -> Iterator[tuple[str, dict[str, float]]]:
         """Evaluate on each set, as `(what the names of the metrics begin with, metrics)`."""
@@ -98,4 +115,6 @@ class JudgingTrainer(ResumableTrainer):
                 continue
             loader = self.get_eval_dataloader(name if name and data is self.eval_dataset else dataset)
             own = prefix if name is None else f"{prefix}_{name}"
-            yield own, self.evaluation_loop(loader, own, metric_key_prefix=own).metrics or {}
+            # As in `evaluate`: predictions that nobody looks at are not kept.
+            only_loss = True if self.compute_metrics is None else None
+            yield own, self.evaluation_loop(loader, own, only_loss, metric_key_prefix=own).metrics or {}

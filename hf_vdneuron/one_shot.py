@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparsify without training: gradients on some examples, a posterior in closed form, a cut, and least squares."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from copy import deepcopy
+from math import isfinite
 from typing import Any, TypeVar
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, Costs, irremovable_units, keep_within
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.curvature import diagonal_curvature
+from hf_vdneuron.curvature import Batches, diagonal_curvature
 from hf_vdneuron.laplace import fit_posterior_
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import reconstruct_
@@ -19,9 +22,9 @@ from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
 from hf_vdneuron.targets import parameter_budget, sparsity_budget, speedup_budget
 
 
-__all__ = ["sparsify"]
+__all__ = ["closed_form_mask", "sparsify"]
 
-_Model = TypeVar("_Model", bound=nn.Module)
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 #: Tokens of a sequence for which a speed-up is asked, if nobody says.
 DEFAULT_LENGTH = 128
@@ -34,9 +37,32 @@ BUDGETS: dict[str, Callable[[Costs, Any], Budget]] = {
 }
 
 
+def closed_form_mask(
+    model: PreTrainedModel, batches: Batches, budget: Budget, *, vd_config: VDConfig | None = None
+) -> RelevanceMask:
+    """Choose what to keep by a posterior that is fitted to the curvature of the loss, in closed form.
+
+    Args:
+        model: A dense, fine-tuned model; it is left as it is.
+        batches: Some of its training examples, with labels.
+        budget: What may be kept.
+        vd_config: What to remove from, and by which prior.
+
+    Returns:
+        The mask.
+
+    Raises:
+        ValueError: If the budget cannot be met, or a batch gives no loss.
+    """
+    patched = patch_model_(deepcopy(model), vd_config)
+    budget.require_reachable(irremovable_units(unit_relevance(patched)))
+    fit_posterior_(patched, diagonal_curvature(patched, batches), num_data=PRETRAINING_EVIDENCE)
+    return keep_within(find_sublayers(patched), unit_relevance(patched), budget)
+
+
 def sparsify(
     model: _Model,
-    calibration_data: Sequence[Mapping[str, Any]],
+    calibration_data: Batches,
     *,
     target_speedup: float | None = None,
     target_sparsity: float | None = None,
@@ -47,7 +73,8 @@ def sparsify(
 ) -> _Model:
     """Remove the heads and neurons that a fine-tuned model needs least, without training it.
 
-    Takes minutes where training takes hours, and loses more for the same size: beyond twice the speed, train.
+    Takes minutes where training takes hours, and loses more for the same size: beyond twice the speed, train what is
+    left.
 
     Args:
         model: A dense, fine-tuned model of a supported type; it is left as it is.
@@ -61,29 +88,27 @@ def sparsify(
         reconstruct: Whether what is left is fitted to the dense model's outputs by least squares.
 
     Returns:
-        A smaller model, of the same class.
+        A smaller model of the same class, in evaluation mode.
 
     Raises:
-        ValueError: If there is not exactly one target, or it is out of reach, or a batch has no labels.
+        ValueError: If there is not exactly one target, or it is no number above 0 or out of reach, or a batch has no
+            labels.
         TypeError: If the model is of an unsupported type.
     """
-    targets = {
-        name: value
-        for name, value in zip(BUDGETS, (target_speedup, target_sparsity, target_params), strict=True)
-        if value is not None
-    }
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Cannot sparsify a `{type(model).__name__}` in one shot: expected a transformers model.")
+    given = dict(zip(BUDGETS, (target_speedup, target_sparsity, target_params), strict=True))
+    targets = {name: value for name, value in given.items() if value is not None}
     if len(targets) != 1:
-        given = " and ".join(f"`{name}`" for name in targets) or "none"
-        raise ValueError(f"There are several targets or none ({given}): expected exactly one of {', '.join(BUDGETS)}.")
+        named = " and ".join(f"`{name}`" for name in targets) or "none"
+        raise ValueError(f"There are several targets or none ({named}): expected exactly one of {', '.join(BUDGETS)}.")
     ((name, value),) = targets.items()
-    patched = patch_model_(deepcopy(model), vd_config)
-    costs = Costs(patched, length=max_length)
-    budget = BUDGETS[name](costs, value)
-    budget.require_reachable(irremovable_units(unit_relevance(patched)))
-    fit_posterior_(patched, diagonal_curvature(patched, calibration_data), num_data=PRETRAINING_EVIDENCE)
+    if not (isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
+    dense, batches = deepcopy(model).eval(), list(calibration_data)
+    mask = closed_form_mask(dense, batches, BUDGETS[name](Costs(dense, length=max_length), value), vd_config=vd_config)
     # What was trained stays as it is: the posterior only says what goes.
-    mask = keep_within(costs.sublayers, unit_relevance(patched), budget)
-    prune_model_(pruned := deepcopy(model), mask)
+    prune_model_(pruned := deepcopy(dense), mask)
     if reconstruct:
-        reconstruct_(pruned, model, calibration_data)
+        reconstruct_(pruned, dense, batches)
     return pruned

@@ -38,7 +38,8 @@ def reconstruct_(
 ) -> nn.Module:
     """Fit the layers that read heads and neurons anew, one after the other from the input to the output, in place.
 
-    Sub-layers with nothing left, without a bias to correct, or read by a convolution stay as they are.
+    Sub-layers ahead of the first that lost something, with nothing left, without a bias to correct, or read by a
+    convolution stay as they are.
 
     Args:
         model: A pruned model; put into evaluation mode.
@@ -50,11 +51,15 @@ def reconstruct_(
         The pruned model.
 
     Raises:
-        ValueError: If a batch does not come to every sub-layer.
+        ValueError: If there is no attended position, or a batch does not come to every sub-layer.
     """
     model.eval()
     dense.eval()
-    for sublayer in find_sublayers(model):
+    has_changed = False
+    for sublayer, complete in zip(find_sublayers(model), find_sublayers(dense), strict=True):
+        has_changed |= sublayer.num_units < complete.num_units
+        if not has_changed:
+            continue
         (part,) = sublayer.out_side.slices
         reader, original = dense_layer(model, part.module), dense_layer(dense, part.module)
         if sublayer.num_units and isinstance(reader, nn.Linear | Conv1D) and reader.bias is not None:
@@ -95,13 +100,16 @@ class _Moments:
 
     def solve_(self, reader: DenseLayer, ridge: float) -> None:
         """Give the layer the weights and the bias that fit best."""
+        if self.count == 0:
+            raise ValueError("There is no attended position to fit to: expected batches that can be read many times.")
         mean_input, mean_output = self.input / self.count, self.output / self.count
         covariance = self.input_input / self.count - torch.outer(mean_input, mean_input)
         crossed = self.input_output / self.count - torch.outer(mean_input, mean_output)
         held = ridge * covariance.diagonal().mean()
         before = _weight(reader).double().t()
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        weight = torch.linalg.solve(covariance + held * identity, crossed + held * before)
+        # Inputs that never vary say nothing of their weights.
+        weight = torch.linalg.solve(covariance + held * identity, crossed + held * before) if held > 0 else before
         _weight(reader).copy_(weight.t())
         reader.bias.copy_(mean_output - weight.t() @ mean_input)  # type: ignore[union-attr]  # the caller has checked
 

@@ -10,17 +10,20 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from hf_vdneuron.budget import Costs, cost_ratio, irremovable_units, keep_within, unit_counts
+from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.targets import speedup_budget
-from hf_vdneuron.training_args import Tolerance, VDTrainingArguments
+from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = [
+    "CHOSEN_SPEEDUP",
     "CUT_SPEEDUP",
     "CUT_VALUE",
     "DENSE_VALUE",
     "FINAL_VALUE",
+    "LIMIT",
     "Cut",
     "ToleranceCallback",
     "last_logged",
@@ -32,14 +35,16 @@ _LOGGER = logging.getLogger(__name__)
 #: Shares of what heads and neurons cost that the first cuts leave: evenly, and two small ones.
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
-#: How often the gap between the smallest cut that will do and the next smaller one is halved. Three times, and what is
-#: found costs at most a hundredth of the dense model more than it had to.
+#: How often the gap between the smallest cut that will do and the next smaller one is halved. Three times, and a step
+#: of the ladder is down to an eightieth of what can be removed.
 HALVINGS = 3
 
 
-#: What a run logs under these names: the metric of the dense model, of each cut beside its speed-up, and of what the
-#: run ends with.
-DENSE_VALUE, CUT_VALUE, CUT_SPEEDUP, FINAL_VALUE = "size_dense", "size_value", "size_speedup", "size_final"
+#: What a run logs under these names: the metric of the dense model, with the metric's own name behind it; that of each
+#: cut beside its speed-up; that of the dense model and the worst that was allowed beside the speed-up that was chosen,
+#: 1 if none was good enough; and the metric of what the run ends with.
+DENSE_VALUE, CUT_VALUE, CUT_SPEEDUP = "size_dense", "size_value", "size_speedup"
+LIMIT, CHOSEN_SPEEDUP, FINAL_VALUE = "size_limit", "size_chosen", "size_final"
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,11 @@ class Cut:
 
 def smallest_cut(
     model: nn.Module, tolerance: Tolerance, dense: float, judge: Callable[[], float], *, length: int
-) -> tuple[RelevanceMask, list[Cut]]:
+) -> tuple[Cut | None, list[Cut]]:
     """Cut a posterior at many sizes, and keep the smallest that a tolerance allows.
 
     Every cut ranks units by their relevance per cost, so that a smaller one keeps part of what a larger one does, but
-    for single units. If no cut will do, all is kept.
+    for single units.
 
     Args:
         model: A patched model; in the end it carries the mask that it had.
@@ -75,7 +80,7 @@ def smallest_cut(
         length: Tokens of a sequence for which costs are counted.
 
     Returns:
-        The mask that was chosen, and all cuts that were tried, the largest first.
+        The cut that was chosen, None if none will do, and all that were tried, the largest first.
     """
     before = read_mask(model)
     cuts: dict[float, Cut] = {}
@@ -84,7 +89,7 @@ def smallest_cut(
         cuts[share] = Cut(share, speedup, judge(), mask)
     mask_model_(model, before)
     good = [cut for cut in cuts.values() if tolerance.allows(cut.value, dense)]
-    chosen = min(good, key=lambda cut: cut.share_left).mask if good else before
+    chosen = min(good, key=lambda cut: cut.share_left, default=None)
     if not good:
         _LOGGER.warning(
             f"No cut keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, so "
@@ -113,10 +118,11 @@ def _next_share(cuts: dict[float, Cut], tolerance: Tolerance, dense: float) -> f
     if len(cuts) < len(LADDER):
         return LADDER[len(cuts)]
     good = [share for share, cut in cuts.items() if tolerance.allows(cut.value, dense)]
-    if not good or len(cuts) == len(LADDER) + HALVINGS:
+    if len(cuts) == len(LADDER) + HALVINGS:
         return None
-    below = max((share for share in cuts if share < min(good)), default=0.0)
-    return (below + min(good)) / 2
+    smallest = min(good, default=1.0)  # the complete model will do
+    below = max((share for share in cuts if share < smallest), default=0.0)
+    return (below + smallest) / 2
 
 
 class ToleranceCallback(TrainerCallback):
@@ -124,11 +130,15 @@ class ToleranceCallback(TrainerCallback):
 
     Args:
         judge: Function that evaluates the model as it is and returns the metric.
+        dense: Function that looks up what the dense model was judged by it, None if it was not.
         log: Function that logs a metric of the model under a name.
     """
 
-    def __init__(self, judge: Callable[[], float], log: Callable[[str, float], None]) -> None:
+    def __init__(
+        self, judge: Callable[[], float], dense: Callable[[], float | None], log: Callable[[str, float], None]
+    ) -> None:
         self.judge = judge
+        self.dense = dense
         self.log = log
 
     def on_train_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
@@ -146,11 +156,11 @@ class ToleranceCallback(TrainerCallback):
         start = args.phase_plan(state.max_steps).sparsify_start
         if state.global_step == 0 and start > 0:
             self.judge()
-        if state.global_step > start and last_logged(state, DENSE_VALUE) is None:
+        if state.global_step > start and self.dense() is None:
             raise ValueError(
-                f"The checkpoint of step {state.global_step} does not say how good the dense model was, against which "
-                f"`{args.goal}` is judged: expected one of a run with a tolerance. Resume from one of step {start} at "
-                "most, or ask for a target instead."
+                f"The checkpoint of step {state.global_step} does not say how good the dense model was, against "
+                f"which `{args.goal}` is judged: expected one of a run that evaluated the same metric. Resume from "
+                f"one of step {start} at most, or ask for a target instead."
             )
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
@@ -162,7 +172,8 @@ class ToleranceCallback(TrainerCallback):
             **run: Not used.
         """
         if state.global_step == args.phase_plan(state.max_steps).sparsify_start:
-            self.log(DENSE_VALUE, self.judge())
+            tolerance = args.tolerance
+            self.log(f"{DENSE_VALUE}_{tolerance.metric if tolerance else ''}", self.judge())
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Judge what is left, after recovery.
@@ -172,7 +183,7 @@ class ToleranceCallback(TrainerCallback):
             state: Where it stands.
             **run: Not used.
         """
-        dense = last_logged(state, DENSE_VALUE)
+        dense = self.dense()
         if dense is None or args.tolerance is None:
             return
         final = self.judge()

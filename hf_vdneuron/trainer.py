@@ -306,7 +306,7 @@ class VDTrainer(JudgingTrainer):
             The mask that `prune()` would apply now.
         """
         if self._is_to_be_cut:
-            return self._choose()
+            return self._choose(log=False)
         return read_mask(self.model)
 
     @property
@@ -366,5 +366,8 @@ class VDTrainer(JudgingTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial | None) -> bool:
         """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
         if self.plan.sparsify_steps and self.state.global_step <= self.plan.recover_start:
+            return False
+        # A tolerance names a metric too, which each of several sets has under the set's name.
+        if self.args.tolerance is not None and f"eval_{self.args.tolerance.metric}" not in metrics:
             return False
         return super()._determine_best_metric(metrics, trial)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, Phase, PhasePlan
 
 
-__all__ = ["SpeedupFrom", "Tolerance", "VDTrainingArguments"]
+__all__ = ["SpeedupFrom", "VDTrainingArguments"]
 
 #: The options that say what to arrive at, and those that say what it may cost. At most one of all is set.
 _TARGETS = ("target_speedup", "target_sparsity", "target_params")
@@ -21,50 +22,6 @@ _TOLERANCES = ("max_metric_drop", "max_loss_increase")
 
 #: Name of the loss among the metrics of an evaluation.
 _LOSS = "loss"
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How much worse than the dense model a smaller one may be.
-
-    Args:
-        metric: What it is judged by, a metric of the evaluation without its prefix.
-        allowed: How far the metric may fall, or rise where small values are better; not negative.
-        greater_is_better: Which of the two.
-    """
-
-    metric: str
-    allowed: float
-    greater_is_better: bool
-
-    def limit(self, dense: float) -> float:
-        """Tell the worst value that is allowed.
-
-        Args:
-            dense: The dense model's value.
-
-        Returns:
-            The value.
-        """
-        return dense - self.allowed if self.greater_is_better else dense + self.allowed
-
-    def allows(self, value: float, dense: float) -> bool:
-        """Compare a smaller model with the dense one.
-
-        Args:
-            value: Its metric; one that is not a number is never allowed.
-            dense: The dense model's.
-
-        Returns:
-            Whether it is good enough. A drop from 0.90 to 0.89 is one of 0.01, whatever floating point says.
-
-        Example:
-            >>> Tolerance("accuracy", 0.01, greater_is_better=True).allows(0.89, dense=0.90)
-            True
-        """
-        limit = self.limit(dense)
-        is_better = value > limit if self.greater_is_better else value < limit
-        return is_better or math.isclose(value, limit, rel_tol=1e-9)
 
 
 class SpeedupFrom(StrEnum):
@@ -220,8 +177,9 @@ class VDTrainingArguments(TrainingArguments):
     save_posterior: bool = field(
         default=False,
         metadata={
-            "help": "Save a checkpoint at the end of the sparsification, before the cut. A run that resumes from it "
-            "with another target or tolerance cuts the same posterior to another size, and only has to recover."
+            "help": "Save a checkpoint at the end of the sparsification, before the cut. A run of the same steps and "
+            "fractions that resumes from it with another target or tolerance cuts the same posterior to another size, "
+            "and only has to recover."
         },
     )
     num_data: int | None = field(
@@ -267,6 +225,7 @@ class VDTrainingArguments(TrainingArguments):
                 f"`{HubStrategy.END.value}` or `{HubStrategy.EVERY_SAVE.value}`."
             )
         self._check_steering()
+        self._check_choices()
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 
     def _check_ranges(self) -> None:
@@ -282,6 +241,19 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are all 0: expected one above 0."
             )
+
+    def _check_choices(self) -> None:
+        if self._tolerance is not None and self.speedup_from is SpeedupFrom.LATENCY:
+            raise ValueError(
+                f"`speedup_from` is `{self.speedup_from}`, but `{self._tolerance}` asks for no speed-up: leave it out."
+            )
+        if self.save_posterior and (self.save_total_limit is not None or self.save_strategy == SaveStrategy.BEST):
+            raise ValueError(
+                "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
+                "away again: expected neither."
+            )
+        if self.save_posterior and self.sparsify_fraction == 0:
+            raise ValueError("`save_posterior` is set, but `sparsify_fraction` is 0: there is no posterior to save.")
 
     def _check_steering(self) -> None:
         if self.target is None or self.kl_weight is not None:
@@ -328,7 +300,14 @@ class VDTrainingArguments(TrainingArguments):
                 "`max_loss_increase`."
             )
         metric = self.metric_for_best_model.removeprefix("eval_")
-        return Tolerance(metric, self.max_metric_drop, greater_is_better=bool(self.greater_is_better))
+        if metric == _LOSS:
+            raise ValueError(
+                f"`max_metric_drop` is {self.max_metric_drop:g}, but `metric_for_best_model` is the loss (the default "
+                "where the best model is loaded at the end): name another metric, or use `max_loss_increase`."
+            )
+        is_loss = metric.endswith(_LOSS)
+        better = not is_loss if self.greater_is_better is None else self.greater_is_better
+        return Tolerance(metric, self.max_metric_drop, greater_is_better=better)
 
     @property
     def goal(self) -> str:

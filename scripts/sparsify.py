@@ -196,7 +196,8 @@ def check_arguments(args: VDTrainingArguments) -> None:
         ValueError: If a batch or the run is empty, a phase has no step, a reporting package is not installed or there
             is no checkpoint to resume.
     """
-    if args.max_metric_drop is not None and args.metric_for_best_model is None:
+    # Where the best model is loaded at the end, transformers fills in the loss.
+    if args.max_metric_drop is not None and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = SCORE, True
     check_counts(args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     if args.max_steps >= 0:

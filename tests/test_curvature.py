@@ -1,6 +1,7 @@
 """Curvature against automatic differentiation, one example and one position at a time."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,26 @@ def test_curvature_of_convolutions_by_weights(convolutions: tuple[nn.Module, dic
     patches = F.unfold(inputs, layer.kernel_size)
     expected = torch.einsum("nop,nip->oi", delta.flatten(2).square(), patches.square()) / NUM_EXAMPLES
     torch.testing.assert_close(curvature.weights[name].flatten(1), expected, rtol=1e-4, atol=1e-12)
+
+
+def test_a_frozen_model_has_a_curvature(model_and_curvature: tuple[PreTrainedModel, Curvature]) -> None:
+    model, curvature = model_and_curvature
+    frozen = deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        found = diagonal_curvature(frozen, [{"return_dict": True, **examples(0, NUM_EXAMPLES)}])
+    for name, values in curvature.weights.items():
+        torch.testing.assert_close(found.weights[name], values, rtol=1e-4, atol=1e-12)
+
+
+def test_activations_in_place_do_not_disturb(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, batch = convolutions
+    expected = diagonal_curvature(model, [batch])
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    found = diagonal_curvature(model, [batch])
+    for name, values in expected.scales.items():
+        torch.testing.assert_close(found.scales[name], values)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from transformers import TrainerControl
 
 from hf_vdneuron.elbo import num_weights
 from hf_vdneuron.history import PosteriorCallback, report_training
+from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import log_alpha_histogram
 from hf_vdneuron.report import Curve, SizesReport
 from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.trainer import VDTrainer
-from hf_vdneuron.training_args import Tolerance
 
 
 PLAN = PhasePlan(2, 3, 1)
@@ -52,19 +52,24 @@ BY_ACCURACY = Tolerance("accuracy", 0.1, greater_is_better=True)
 
 def sizes_log(values: list[float], **more: float) -> list[dict[str, float]]:
     cuts = [{"size_speedup": 1.5 + index, "size_value": value, "step": 3} for index, value in enumerate(values)]
-    return [{"size_dense": 0.9, "step": 1}, *cuts, {**more, "step": 6}]
+    return [{"size_dense_accuracy": 0.9, "step": 1}, *cuts, {**more, "step": 6}]
+
+
+CHOICE = {"size_dense": 0.9, "size_limit": 0.8}
 
 
 @pytest.mark.parametrize(
     ("values", "chosen"), [([0.9, 0.8, 0.7], 1), ([0.9, 0.7, 0.8], 2), ([0.7, 0.6, nan], None)], ids=str
 )
 def test_the_sizes_to_choose_from_are_read_from_the_log(values: list[float], chosen: int | None) -> None:
-    sizes = report_training(sizes_log(values, size_final=0.85), PLAN, BY_ACCURACY).sizes
+    speedup = 1.0 if chosen is None else 1.5 + chosen
+    log_history = [*sizes_log(values, size_chosen=speedup, **CHOICE), {"size_final": 0.85, "step": 9}]
+    sizes = report_training(log_history, PLAN, BY_ACCURACY).sizes
     finite = [value for value in values if isfinite(value)]
     assert sizes == SizesReport(
         metric="accuracy",
         dense=0.9,
-        limit=pytest.approx(0.8),
+        limit=0.8,
         speedups=[1.5, 2.5, 3.5][: len(finite)],
         values=finite,
         chosen=chosen,
@@ -74,7 +79,12 @@ def test_the_sizes_to_choose_from_are_read_from_the_log(values: list[float], cho
 
 def test_a_run_that_was_stopped_before_it_chose_has_no_sizes() -> None:
     assert report_training(sizes_log([]), PLAN, BY_ACCURACY).sizes is None
-    assert report_training(sizes_log([0.9]), PLAN).sizes is None
+    assert report_training(sizes_log([0.9], size_chosen=1.5, **CHOICE), PLAN).sizes is None
+
+
+def test_sizes_are_those_of_the_latest_choice() -> None:
+    first, second = (sizes_log(values, size_chosen=1.5, **CHOICE) for values in ([0.9, 0.8, 0.7], [0.85]))
+    assert report_training([*first, *second], PLAN, BY_ACCURACY).sizes.values == [0.85]
 
 
 def run(folder: Path, **options: object) -> VDTrainer:

@@ -48,6 +48,7 @@ DOWNHILL = [
     "latency",
     "latency_table",
     "monitoring",
+    "judgement",
     "training_args",
     "targets",
     "one_shot",

@@ -1,5 +1,6 @@
 """One shot: targets are met, what matters stays, and the dense model is left alone."""
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_what_nothing_reads_goes_first_and_is_not_missed(reconstruct: bool) -> N
     assert all(torch.equal(values, before[name]) for name, values in dense.state_dict().items())
 
 
+def test_data_may_be_a_generator_and_the_model_keeps_its_mode() -> None:
+    dense = tiny_bert().train()
+    small = sparsify(dense, iter(data()), target_speedup=1.5, max_length=LENGTH)
+    assert dense.training
+    assert not small.training
+    assert all(parameter.isfinite().all() for parameter in small.parameters())
+
+
+def test_plain_chains_are_refused() -> None:
+    with pytest.raises(TypeError, match="`Sequential` in one shot: expected a transformers model"):
+        sparsify(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), [], target_speedup=2.0)
+
+
 def test_reconstruction_brings_outputs_closer() -> None:
     dense = tiny_bert().eval()
 
@@ -94,13 +108,23 @@ def test_reconstruction_brings_outputs_closer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"none \(none\)|\(none\): expected exactly one of target_speedup"),
+        ({}, r"\(none\): expected exactly one of target_speedup"),
         ({"target_speedup": 2.0, "target_sparsity": 0.5}, "`target_speedup` and `target_sparsity`"),
         ({"target_sparsity": 1.5}, "out of reach"),
         ({"target_speedup": 0.5}, "which the complete model meets"),
         ({"target_params": 10}, "out of reach"),
+        ({"target_speedup": math.inf}, "expected a finite number"),
+        ({"target_sparsity": math.nan}, "expected a finite number"),
     ],
-    ids=["no target", "two targets", "more than all", "less than nothing", "too few parameters"],
+    ids=[
+        "no target",
+        "two targets",
+        "more than all",
+        "less than nothing",
+        "too few parameters",
+        "infinite",
+        "no number",
+    ],
 )
 def test_targets_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

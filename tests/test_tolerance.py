@@ -13,11 +13,11 @@ from transformers import EvalPrediction
 
 from hf_vdneuron.budget import speedup
 from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.tolerance import CUT_VALUE, DENSE_VALUE, FINAL_VALUE, HALVINGS, LADDER, smallest_cut
 from hf_vdneuron.trainer import VDTrainer
-from hf_vdneuron.training_args import Tolerance
 
 
 LENGTH = 8
@@ -41,7 +41,7 @@ def share_kept(model: nn.Module) -> float:
     return kept.float().mean().item()
 
 
-@pytest.mark.parametrize("threshold", [0.15, 0.5, 0.62, 0.93], ids=lambda share: f"good above {share:g}")
+@pytest.mark.parametrize("threshold", [0.15, 0.5, 0.62, 0.93, 0.985], ids=lambda share: f"good above {share:g}")
 def test_the_smallest_good_cut_is_found(threshold: float) -> None:
     """Score 1 down to a size and 0 below it: what is found lies within a halved step above that size."""
     model = posterior()
@@ -51,16 +51,13 @@ def test_the_smallest_good_cut_is_found(threshold: float) -> None:
         seen.append(share_kept(model))
         return float(seen[-1] >= threshold)
 
-    mask, cuts = smallest_cut(model, BY_SCORE, 1.0, judge, length=LENGTH)
-    good = [cut for cut in cuts if cut.value == 1]
+    chosen, cuts = smallest_cut(model, BY_SCORE, 1.0, judge, length=LENGTH)
     assert min(seen) < threshold
-    mask_model_(model, mask)
-    if good:
-        assert share_kept(model) == min(share for share in seen if share >= threshold)
-        bad = max((cut.share_left for cut in cuts if cut.value == 0), default=0.0)
-        assert good[-1].share_left - bad <= 0.1 / 2**HALVINGS + 1e-9
-    else:
-        assert share_kept(model) == 1
+    assert chosen is [cut for cut in cuts if cut.value == 1][-1]
+    mask_model_(model, chosen.mask)
+    assert share_kept(model) == min(share for share in seen if share >= threshold)
+    bad = max((cut.share_left for cut in cuts if cut.value == 0), default=0.0)
+    assert chosen.share_left - bad <= 0.1 / 2**HALVINGS + 1e-9
 
 
 def test_cuts_are_nested_sizes_of_one_posterior() -> None:
@@ -72,6 +69,10 @@ def test_cuts_are_nested_sizes_of_one_posterior() -> None:
     for cut in cuts:
         assert cut.speedup == pytest.approx(speedup(model, cut.mask, length=LENGTH))
         assert 1 / cut.speedup <= cut.share_left + 1e-9
+    for larger, smaller in pairwise(cuts):
+        kept = [(larger.mask.keep[path].all(0), keep.all(0)) for path, keep in smaller.mask.keep.items()]
+        # But for the units that fill up what is left of a budget.
+        assert sum(int((small & ~large).sum()) for large, small in kept) <= 2
 
 
 def test_the_model_carries_the_mask_that_it_had() -> None:
@@ -79,16 +80,16 @@ def test_the_model_carries_the_mask_that_it_had() -> None:
     path, keep = next(iter(read_mask(model).keep.items()))
     keep[:, 0] = False
     mask_model_(model, RelevanceMask({path: keep}))
-    mask, cuts = smallest_cut(model, BY_SCORE, 1.0, lambda: 1.0, length=LENGTH)
+    _, cuts = smallest_cut(model, BY_SCORE, 1.0, lambda: 1.0, length=LENGTH)
     assert torch.equal(read_mask(model).keep[path], keep)
-    assert all(not kept.keep[path].all(0)[0] for kept in (mask, *(cut.mask for cut in cuts)))
+    assert all(not cut.mask.keep[path].all(0)[0] for cut in cuts)
 
 
 def test_without_a_good_cut_all_is_kept(caplog: pytest.LogCaptureFixture) -> None:
     model = posterior()
-    mask, cuts = smallest_cut(model, BY_LOSS, 1.0, lambda: 1.2, length=LENGTH)
-    assert len(cuts) == len(LADDER)
-    assert all(keep.all() for keep in mask.keep.values())
+    chosen, cuts = smallest_cut(model, BY_LOSS, 1.0, lambda: 1.2, length=LENGTH)
+    assert chosen is None
+    assert max(cut.share_left for cut in cuts) > LADDER[0]
     assert "nothing is removed" in caplog.text
 
 
@@ -182,10 +183,32 @@ def test_a_posterior_is_cut_to_another_size_by_resuming(tmp_path: Path) -> None:
     assert speedup(second.model, second.mask(), length=second.max_length) >= 2.0
 
 
+BY_ACCURACY = {"max_metric_drop": 0.3, "metric_for_best_model": "accuracy"}
+
+
+@pytest.mark.parametrize("first", [{"target_speedup": 1.3}, {"max_loss_increase": 0.1}], ids=["target", "tolerance"])
+def test_a_posterior_is_judged_by_a_metric_of_its_own(tmp_path: Path, first: dict[str, Any]) -> None:
+    """Whatever the run before was judged by."""
+    judged(tmp_path, save_posterior=True, **first).train()
+    trainer = judged(tmp_path, **BY_ACCURACY)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert trainer.milestone(DENSE_VALUE) == trainer.milestone("dense_accuracy")
+
+
 def test_a_posterior_without_a_judged_dense_model_is_refused(tmp_path: Path) -> None:
-    judged(tmp_path, target_speedup=1.3, save_posterior=True).train()
+    judged(tmp_path, target_speedup=1.3, save_posterior=True, trainer_options={"compute_metrics": None}).train()
     with pytest.raises(ValueError, match=r"step 8 does not say how good the dense model was"):
-        judged(tmp_path, max_loss_increase=0.1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        judged(tmp_path, **BY_ACCURACY).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_tolerance_goes_with_scores_on_the_way(tmp_path: Path) -> None:
+    """Of several sets, whose metrics have the names of their sets."""
+    data = {"one": rows()[:24], "two": rows()[24:]}
+    trainer = judged(
+        tmp_path, eval_strategy="steps", eval_steps=1, trainer_options={"eval_dataset": data}, **BY_ACCURACY
+    )
+    trainer.train()
+    assert trainer.milestone(FINAL_VALUE) is not None
 
 
 def test_a_tolerance_can_be_judged_on_several_sets(tmp_path: Path) -> None:
@@ -216,8 +239,15 @@ def test_a_metric_that_the_evaluation_lacks_is_refused_before_training(tmp_path:
         ({"max_loss_increase": -0.1}, "`max_loss_increase` is -0.1: expected a number of at least 0"),
         ({"max_loss_increase": 0.1, "target_speedup": 2.0}, "expected at most one target"),
         ({"max_loss_increase": 0.1, "sparsify_fraction": 0.0}, "nothing would be removed"),
+        ({"max_metric_drop": 0.1, "metric_for_best_model": "eval_loss"}, "use `max_loss_increase`"),
+        ({"max_loss_increase": 0.1, "speedup_from": "latency"}, "asks for no speed-up"),
+        ({"save_posterior": True, "save_total_limit": 1}, "would take its checkpoint away"),
+        ({"save_posterior": True, "sparsify_fraction": 0.0}, "no posterior to save"),
     ],
-    ids=["no metric", "negative", "beside a target", "without sparsification"],
+    ids=[
+        *("no metric", "negative", "beside a target", "without sparsification", "loss as a metric", "beside seconds"),
+        *("posterior that is rotated away", "posterior that is never there"),
+    ],
 )
 def test_wrong_tolerances_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
