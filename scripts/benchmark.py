@@ -4,10 +4,11 @@
     python scripts/benchmark.py --model_name_or_path M --dataset_dir DIR
 
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
-on until the budget of optimizer steps after the dense checkpoint is spent, equal for all but `fisher_oneshot`, which
-spends none. With `--target_speedups` each method keeps what the speed-up affords; without, `vd` decides by the
-dropout-rate rule, and the baselines keep as many heads and neurons of their own choice. The dense checkpoint teaches
-them all or, with `--no_distillation`, none: those are other runs, with tables and pictures of their own.
+on until the budget of optimizer steps after the dense checkpoint is spent, equal for all but `fisher_oneshot` and
+`vd_oneshot`, which spend none. With `--target_speedups` each method keeps what the speed-up affords; without, `vd`
+decides by the dropout-rate rule, and the baselines keep as many heads and neurons of their own choice. The dense
+checkpoint teaches them all or, with `--no_distillation`, none: those are other runs, with tables and pictures of their
+own.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -39,6 +40,7 @@ from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.config import PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.one_shot import closed_form_mask, sparsify
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
 from hf_vdneuron.structure import dense_twin
@@ -53,8 +55,12 @@ VARIATIONAL = {
     "vd_group": VDConfig(prior=PriorType.GROUP),
     "vd_weight": VDConfig(prior=PriorType.WEIGHT, group_scale=False),
 }
+#: Ours without training a posterior: the first recovers for the whole budget, the second not at all.
+CLOSED_FORM, CLOSED_FORM_ONE_SHOT = "vd_closed", "vd_oneshot"
+#: Methods that are nothing without a target.
+ASK_FOR_TARGET = (CLOSED_FORM, CLOSED_FORM_ONE_SHOT, *LEARNED_GATES)
 #: In the order in which they run: without a target, scorers need the counts of ours.
-METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *LEARNED_GATES)
+METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 
 
 @dataclass
@@ -74,7 +80,7 @@ class BenchmarkArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
-        metadata={"help": f"Methods; {' and '.join(LEARNED_GATES)} need a target."},
+        metadata={"help": f"Methods; {', '.join(ASK_FOR_TARGET)} need a target."},
     )
     target_speedups: list[float] = field(
         default_factory=list, metadata={"help": "Speed-ups to ask for; by default the dropout-rate rule decides."}
@@ -103,10 +109,8 @@ class BenchmarkArguments:
         """
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(METHODS)}")
-        if not self.target_speedups and set(self.methods) <= LEARNED_GATES.keys():
-            raise ValueError(
-                f"`methods` holds {self.methods}, which learn to meet a target: set `target_speedups` too"
-            )
+        if not self.target_speedups and set(self.methods) <= set(ASK_FOR_TARGET):
+            raise ValueError(f"`methods` holds {self.methods}, which need a target: set `target_speedups` too")
 
     @property
     def settings(self) -> Settings:
@@ -128,8 +132,7 @@ class BenchmarkArguments:
         for seed, task in product(self.seeds, self.tasks):
             runs = [Run(task, seed, DENSE)] if DENSE in methods else []
             runs += [Run(task, seed, method, target) for target in targets for method in methods if method != DENSE]
-            # Gates that learn do so for a target.
-            runs = [run for run in runs if run.target_speedup is not None or run.method not in LEARNED_GATES]
+            runs = [run for run in runs if run.target_speedup is not None or run.method not in ASK_FOR_TARGET]
             yield from (run for run in runs if results.find(run) is None)
 
 
@@ -150,17 +153,39 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     if run.method in VARIATIONAL:
         model, courses = cell.sparsify(model, VARIATIONAL[run.method], run.target_speedup)
         return model, cell.settings.recover_steps, courses
-    if run.method in LEARNED_GATES and run.target_speedup is not None:
-        costs = Costs(model, length=cell.settings.max_length)
-        budget = speedup_budget(costs, run.target_speedup)
-        gates = LEARNED_GATES[run.method](model, budget, cell.settings.sparsify_steps)
-        prune_model_(model, cell.learn(model, gates))
-        return model, cell.settings.recover_steps, {}
+    if run.method in ASK_FOR_TARGET and run.target_speedup is not None:
+        return shrink_to_target(cell, run.method, model, run.target_speedup)
     mask = choose(cell, run, model, results)
     if run.method == ONE_SHOT:
         fold_gates_(model, tune_gates(model, mask, [*cell.batches(model)]))
     prune_model_(model, mask)
     return model, 0 if run.method == ONE_SHOT else cell.settings.budget, {}
+
+
+def shrink_to_target(
+    cell: Cell, method: str, model: PreTrainedModel, target_speedup: float
+) -> tuple[PreTrainedModel, int, Courses]:
+    """Let a method that needs a target remove what it chooses.
+
+    Args:
+        cell: Task and seed.
+        method: Its name.
+        model: The dense checkpoint.
+        target_speedup: Speed-up to ask for.
+
+    Returns:
+        As `shrink`.
+    """
+    length = cell.settings.max_length
+    if method == CLOSED_FORM_ONE_SHOT:
+        return sparsify(model, cell.batches(model), target_speedup=target_speedup, max_length=length), 0, {}
+    budget = speedup_budget(Costs(model, length=length), target_speedup)
+    if method == CLOSED_FORM:
+        prune_model_(model, closed_form_mask(model, cell.batches(model), budget))
+        return model, cell.settings.budget, {}
+    gates = LEARNED_GATES[method](model, budget, cell.settings.sparsify_steps)
+    prune_model_(model, cell.learn(model, gates))
+    return model, cell.settings.recover_steps, {}
 
 
 def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> RelevanceMask:

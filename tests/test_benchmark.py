@@ -12,7 +12,6 @@ import run_glue
 import torch
 from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_affordable, keep_best
-from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Run, latency_table, score_table
@@ -70,7 +69,9 @@ def finished(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
 
 def test_every_method_makes_a_row(finished: Finished) -> None:
     _, rows = finished
-    assert [row["method"] for row in rows] == [name for name in benchmark.METHODS if name not in LEARNED_GATES]
+    assert [row["method"] for row in rows] == [
+        name for name in benchmark.METHODS if name not in benchmark.ASK_FOR_TARGET
+    ]
     for row in rows:
         assert 0 <= row["score"] <= 1
         # What a user gets through either door is what the run reports, to the last digit.
@@ -112,7 +113,7 @@ def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys
     folder, _ = finished
     benchmark.main(flags(samples, folder, "--recover_steps=9", "--plan"))
     plan = capsys.readouterr().out
-    assert all(method in plan for method in benchmark.METHODS if method not in LEARNED_GATES)
+    assert all(method in plan for method in benchmark.METHODS if method not in benchmark.ASK_FOR_TARGET)
 
 
 def test_a_claimed_cell_is_left_to_its_process(samples: Path, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_targets_are_runs_of_their_own(
     monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
     monkeypatch.setattr(cell, "LOGGING_STEPS", 1)
     monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
-    methods = ("vd", "fisher", "l0", "movement")
+    methods = ("vd", "fisher", "vd_closed", "vd_oneshot", "l0", "movement")
     asked = flags(samples, tmp_path, "--methods", *methods, "--target_speedups", "1.2", "1.5")
     benchmark.main(asked)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -55,11 +55,12 @@ SCORES = Panel(
 SCORES_HEIGHT = 3.0
 
 #: Ours stand out.
-OUR_COLOURS = {"vd": "first", "vd_group": "second"}
+OUR_COLOURS = {"vd": "first", "vd_group": "second", "vd_closed": "third"}
 
 #: All others are told apart by their points.
 MARKERS = {
     "vd_weight": ".",
+    "vd_oneshot": "2",
     "magnitude": "s",
     "taylor": "^",
     "fisher": "v",
