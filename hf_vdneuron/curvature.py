@@ -144,5 +144,4 @@ def _by_scale(call: _Call, gradient: Tensor) -> Tensor:
         signal = inputs.detach() * back
     axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
     by_feature = signal.movedim(axis, 1).unsqueeze(-1).flatten(2).sum(2)
-    groups = by_feature.new_zeros(len(by_feature), layer.prior.num_groups)
-    return groups.index_add_(1, layer.prior.feature_group, by_feature).to(layer.log_var.dtype)
+    return layer.prior.sum_groups(by_feature).to(layer.log_var.dtype)

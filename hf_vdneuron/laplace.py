@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from hf_vdneuron.curvature import Curvature
 from hf_vdneuron.elbo import em_step_, init_priors_, variational_layers
-from hf_vdneuron.layers import VariationalLayer
 
 
 __all__ = ["fit_posterior_", "negative_bound"]
@@ -57,7 +56,8 @@ def fit_posterior_(model: nn.Module, curvature: Curvature, *, num_data: float, r
             precision = layer.prior.precision(*layer.posterior, layer.group_axis)
             layer.log_var.copy_(-(num_data * curvature.weights[path] + precision).log())
             if layer.group_scale is not None:
-                pull = _by_group(layer, precision * layer.direction.to(precision.dtype).square())
+                pulled = precision * layer.direction.to(precision.dtype).square()
+                pull = layer.prior.sum_groups(pulled.movedim(layer.group_axis, 0).flatten(1).sum(1))
                 held = num_data * curvature.scales[path]
                 # A group that nothing holds goes; one that nothing pulls at either stays as it is.
                 layer.group_scale.copy_(torch.where(held + pull > 0, held / (held + pull), layer.group_scale))
@@ -87,9 +87,3 @@ def negative_bound(model: nn.Module, curvature: Curvature, *, num_data: float) -
         divergence, _ = layer.prior.kl_bound(mean.double(), log_var.double(), layer.group_axis)
         total += (num_data / 2 * loss + divergence).cpu()
     return total
-
-
-def _by_group(layer: VariationalLayer, values: Tensor) -> Tensor:
-    """Sum over the weights of each group, shape `(num_groups,)`."""
-    by_feature = values.movedim(layer.group_axis, 0).flatten(1).sum(1)
-    return values.new_zeros(layer.prior.num_groups).index_add_(0, layer.prior.feature_group, by_feature)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparsify without training: gradients on some examples, a posterior in closed form, a cut, and least squares."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from math import isfinite
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
@@ -19,22 +18,12 @@ from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import reconstruct_
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
-from hf_vdneuron.targets import parameter_budget, sparsity_budget, speedup_budget
+from hf_vdneuron.targets import BUDGETS, DEFAULT_LENGTH
 
 
 __all__ = ["closed_form_mask", "sparsify"]
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
-
-#: Tokens of a sequence for which a speed-up is asked, if nobody says.
-DEFAULT_LENGTH = 128
-
-#: The targets by name, as functions `(costs, value) -> budget`.
-BUDGETS: dict[str, Callable[[Costs, Any], Budget]] = {
-    "target_speedup": speedup_budget,
-    "target_sparsity": sparsity_budget,
-    "target_params": parameter_budget,
-}
 
 
 def closed_form_mask(

@@ -82,6 +82,18 @@ class Prior(nn.Module, ABC):
             :math:`\lambda` of (9), same shape, positive.
         """
 
+    def sum_groups(self, per_feature: Tensor) -> Tensor:
+        """Sum over the features of each group.
+
+        Args:
+            per_feature: One value per feature, shape `(..., num_features)`.
+
+        Returns:
+            One per group, shape `(..., G)`.
+        """
+        zeros = per_feature.new_zeros(*per_feature.shape[:-1], self.num_groups)
+        return zeros.index_add_(-1, self.feature_group, per_feature)
+
     def extra_repr(self) -> str:
         """Describe the prior in a printed model.
 
@@ -206,11 +218,7 @@ class GroupPrior(Prior):
         Returns:
             Sums per group, shape `(K, G)`.
         """
-        return PriorStatistics(*(self._pool(sums) for sums in statistics))
-
-    def _pool(self, sums: Tensor) -> Tensor:
-        zeros = sums.new_zeros(len(sums), self.num_groups)
-        return zeros.index_add_(1, self.feature_group, sums)
+        return PriorStatistics(*(self.sum_groups(sums) for sums in statistics))
 
     @torch.no_grad()
     def init_(self, statistics: PriorStatistics) -> "GroupPrior":

@@ -3,13 +3,25 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from hf_vdneuron.budget import Budget, Costs, UnitCounts, cost_ratio
 from hf_vdneuron.latency_table import LatencyTable
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
 
 
-__all__ = ["cost_ratio_budget", "parameter_budget", "sparsity_budget", "speedup_budget", "target_budget"]
+__all__ = [
+    "BUDGETS",
+    "DEFAULT_LENGTH",
+    "cost_ratio_budget",
+    "parameter_budget",
+    "sparsity_budget",
+    "speedup_budget",
+    "target_budget",
+]
+
+#: Tokens of a sequence for which a speed-up is counted, where the data does not tell.
+DEFAULT_LENGTH = 128
 
 
 def target_budget(args: VDTrainingArguments, costs: Costs, table: LatencyTable | None) -> Budget:
@@ -26,15 +38,11 @@ def target_budget(args: VDTrainingArguments, costs: Costs, table: LatencyTable |
     Raises:
         ValueError: If there is no target.
     """
-    if args.target_sparsity is not None:
-        return sparsity_budget(costs, args.target_sparsity)
-    if args.target_params is not None:
-        return parameter_budget(costs, args.target_params)
-    if args.target_speedup is None:
-        raise ValueError("The run has no target: set `target_speedup`, `target_sparsity` or `target_params`.")
-    if args.speedup_from is SpeedupFrom.LATENCY and table is not None:
+    if args.target is None:
+        raise ValueError(f"The run has no target: set one of {', '.join(f'`{name}`' for name in BUDGETS)}.")
+    if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY and table is not None:
         return cost_ratio_budget(partial(table.predict, costs.sublayers), args.target_speedup)
-    return speedup_budget(costs, args.target_speedup)
+    return BUDGETS[args.target](costs, getattr(args, args.target))
 
 
 def speedup_budget(costs: Costs, target: float) -> Budget:
@@ -89,3 +97,11 @@ def parameter_budget(costs: Costs, target: int) -> Budget:
         The budget.
     """
     return Budget("target_params", target, costs.parameters, target, lambda left: left, digits=",.0f")
+
+
+#: Name of a target -> its budget, as a function `(costs, value)`.
+BUDGETS: dict[str, Callable[[Costs, Any], Budget]] = {
+    "target_speedup": speedup_budget,
+    "target_sparsity": sparsity_budget,
+    "target_params": parameter_budget,
+}

@@ -2,7 +2,7 @@
 """As small as it gets while a metric holds: cuts of many sizes from one posterior, and the smallest that will do."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,46 +82,38 @@ def smallest_cut(
     Returns:
         The cut that was chosen, None if none will do, and all that were tried, the largest first.
     """
-    before = read_mask(model)
-    cuts: dict[float, Cut] = {}
-    for share, mask, speedup in _candidates(model, before, length, lambda: _next_share(cuts, tolerance, dense)):
+    before, costs = read_mask(model), Costs(model, length=length)
+    # Of the model as it is now: a masked one finds what is masked irrelevant.
+    relevance = unit_relevance(model)
+    fixed = costs.macs(irremovable_units(relevance))
+    full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
+    cuts: list[Cut] = []
+    while (share := _next_share(cuts, tolerance, dense)) is not None:
+        budget = speedup_budget(costs, cost_ratio(full, fixed + share * (present - fixed)))
+        mask = keep_within(costs.sublayers, relevance, budget) & before
         mask_model_(model, mask)
-        cuts[share] = Cut(share, speedup, judge(), mask)
+        speedup = cost_ratio(full, costs.macs(unit_counts(costs.sublayers, mask)))
+        cuts.append(Cut(share, speedup, judge(), mask))
     mask_model_(model, before)
-    good = [cut for cut in cuts.values() if tolerance.allows(cut.value, dense)]
-    chosen = min(good, key=lambda cut: cut.share_left, default=None)
+    good = [cut for cut in cuts if tolerance.allows(cut.value, dense)]
     if not good:
         _LOGGER.warning(
             f"No cut keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, so "
             "nothing is removed: allow more, or sparsify for longer."
         )
-    return chosen, sorted(cuts.values(), key=lambda cut: -cut.share_left)
+    chosen = min(good, key=lambda cut: cut.share_left, default=None)
+    return chosen, sorted(cuts, key=lambda cut: -cut.share_left)
 
 
-def _candidates(
-    model: nn.Module, before: RelevanceMask, length: int, next_share: Callable[[], float | None]
-) -> Iterator[tuple[float, RelevanceMask, float]]:
-    """Make cuts as long as another share is asked for, as `(share, mask, speed-up)`."""
-    costs = Costs(model, length=length)
-    # Of the model as it is now: a masked one finds what is masked irrelevant.
-    relevance = unit_relevance(model)
-    fixed = costs.macs(irremovable_units(relevance))
-    full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
-    while (share := next_share()) is not None:
-        budget = speedup_budget(costs, cost_ratio(full, fixed + share * (present - fixed)))
-        mask = keep_within(costs.sublayers, relevance, budget) & before
-        yield share, mask, cost_ratio(full, costs.macs(unit_counts(costs.sublayers, mask)))
-
-
-def _next_share(cuts: dict[float, Cut], tolerance: Tolerance, dense: float) -> float | None:
+def _next_share(cuts: list[Cut], tolerance: Tolerance, dense: float) -> float | None:
     """Walk down the ladder, then halve the gap below the smallest cut that will do; None when that is done."""
     if len(cuts) < len(LADDER):
         return LADDER[len(cuts)]
-    good = [share for share, cut in cuts.items() if tolerance.allows(cut.value, dense)]
     if len(cuts) == len(LADDER) + HALVINGS:
         return None
-    smallest = min(good, default=1.0)  # the complete model will do
-    below = max((share for share in cuts if share < smallest), default=0.0)
+    # The complete model will do.
+    smallest = min((cut.share_left for cut in cuts if tolerance.allows(cut.value, dense)), default=1.0)
+    below = max((cut.share_left for cut in cuts if cut.share_left < smallest), default=0.0)
     return (below + smallest) / 2
 
 
@@ -164,16 +156,17 @@ class ToleranceCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Judge the dense model at the start of the sparsification.
+        """Judge the dense model at the start of the sparsification, unless it was just scored on the same rows.
 
         Args:
             args: Arguments of the run.
             state: Where it stands.
             **run: Not used.
         """
-        if state.global_step == args.phase_plan(state.max_steps).sparsify_start:
-            tolerance = args.tolerance
-            self.log(f"{DENSE_VALUE}_{tolerance.metric if tolerance else ''}", self.judge())
+        tolerance = args.tolerance
+        is_start = state.global_step == args.phase_plan(state.max_steps).sparsify_start
+        if tolerance is not None and is_start and self.dense() is None:
+            self.log(f"{DENSE_VALUE}_{tolerance.metric}", self.judge())
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Judge what is left, after recovery.

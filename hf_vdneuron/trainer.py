@@ -40,13 +40,11 @@ from hf_vdneuron.resumable_trainer import Trial
 from hf_vdneuron.schedules import Phase, PhasePlan
 from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
+from hf_vdneuron.targets import DEFAULT_LENGTH
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = ["VDTrainer"]
-
-#: Tokens of a sequence for the expected speed-up, where the data does not tell.
-DEFAULT_LENGTH = 128
 
 
 class VDTrainer(JudgingTrainer):

@@ -145,11 +145,14 @@ def test_a_run_ends_with_the_smallest_that_was_good_enough(tmp_path: Path, optio
 def test_a_run_that_ends_worse_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The dense model before and after fine-tuning, every cut, and what is left after recovery.
-    values = iter([1.0, 1.0, *[1.0] * (len(LADDER) + HALVINGS), 1.5])
+    # Before fine-tuning, every cut, and what is left after recovery. The dense model was scored on these rows already.
+    values = iter([1.0, *[1.0] * (len(LADDER) + HALVINGS), 3.0])
     monkeypatch.setattr(VDTrainer, "_judge", lambda self: next(values))
-    judged(tmp_path, max_loss_increase=0.0).train()
-    assert "`loss` is 1.5 in the end, and 1 is the worst that `max_loss_increase 0` allows" in caplog.text
+    trainer = judged(tmp_path, max_loss_increase=1.0)
+    trainer.train()
+    assert next(values, None) is None
+    limit = trainer.milestone("dense_loss") + 1
+    assert f"`loss` is 3 in the end, and {limit:.4g} is the worst that `max_loss_increase 1` allows" in caplog.text
 
 
 def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
