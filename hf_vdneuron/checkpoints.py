@@ -3,12 +3,14 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -108,19 +110,37 @@ def last_checkpoint(output_dir: str | Path) -> str:
 
 
 def require_complete(checkpoint: str | Path) -> None:
-    """Refuse what is no checkpoint, or was being saved when its run ended.
+    """Refuse what is no checkpoint, was being saved when its run ended, or was damaged since.
 
     Args:
         checkpoint: Its folder.
 
     Raises:
-        ValueError: If it is not complete.
+        ValueError: If it is not complete, or a file of it was cut short.
     """
     if not is_complete(checkpoint):
         raise ValueError(
             f"`{checkpoint}` is no complete checkpoint: it holds no {TRAINER_STATE_NAME} that can be read, which is "
             "saved last. Resume from another folder `checkpoint-...`; in Python, True finds the last complete one."
         )
+    for file in sorted(Path(checkpoint).iterdir()):
+        if not _is_whole(file):
+            raise ValueError(
+                f"`{file}` is damaged: expected the file as the run saved it. Copy it again, or resume from another "
+                "folder `checkpoint-...`."
+            )
+
+
+def _is_whole(file: Path) -> bool:
+    """Tell by its ends whether a file of tensors was cut short, without reading what is between."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return True
+        except SafetensorError:
+            return False
+    # What torch saves is an archive, whose directory comes last.
+    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
 
 
 def open_checkpoint(checkpoint: str | Path) -> Path:

@@ -57,7 +57,7 @@ class ResumableTrainer(HubTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-        elif resume_from_checkpoint:
+        if resume_from_checkpoint:
             require_complete(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, **kwargs)
 

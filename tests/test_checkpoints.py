@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -65,6 +66,19 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"checkpoint-5` is no complete checkpoint: it holds no trainer_state.json .* Resume"
     ):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("asked", ["by name", "for the last one"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, name: str, asked: str) -> None:
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    make_trainer(tmp_path, **options).train()
+    file = tmp_path / "checkpoint-5" / name
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ValueError, match=f"{name}` is damaged: expected the file as the run saved it"):
+        make_trainer(tmp_path, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-5") if asked == "by name" else True
+        )
 
 
 def test_steering_survives(tmp_path: Path) -> None:
