@@ -182,11 +182,13 @@ def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
     told = [f"dense {sizes.dense:.4g}", f"at worst {sizes.limit:.4g} allowed"]
     if sizes.chosen is None:
         told.append("no cut is good enough")
+        made = "None is within the limit, so nothing was removed."
     else:
         place = sizes.speedups[sizes.chosen]
         axes.plot(
             place, sizes.values[sizes.chosen], "o", ms=9, mfc="none", mew=1.6, color=LIGHT["second"], label="made"
         )
+        made = "The smallest within the limit was made, and recovered."
         told.append(f"the cut that was made is {place:.2f} times as fast, at {sizes.values[sizes.chosen]:.4g}")
         if sizes.final is not None:
             axes.plot(place, sizes.final, "D", ms=5, color=LIGHT["third"], label="in the end")
@@ -201,7 +203,7 @@ def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
     axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=1.2)
     caption = (
         f"{sizes.metric.capitalize()} of cuts of many sizes from the same posterior, on the rows that choices are "
-        "made on. The smallest within the limit was made, and recovered."
+        f"made on. {made}"
     )
     return Drawing("sizes", title, caption, f"{'; '.join(told)}.".capitalize(), figure)
 

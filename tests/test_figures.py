@@ -153,14 +153,14 @@ def test_scores_on_the_way_are_drawn_if_there_are_any() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "told"),
+    ("chosen", "told", "captioned"),
     [
-        (1, "the cut that was made is 2.00 times as fast, at 0.82; in the end 0.85."),
-        (None, "no cut is good enough."),
+        (1, "the cut that was made is 2.00 times as fast, at 0.82; in the end 0.85.", "was made, and recovered."),
+        (None, "no cut is good enough.", "so nothing was removed."),
     ],
     ids=["one is good enough", "none is"],
 )
-def test_sizes_to_choose_from(chosen: int | None, told: str) -> None:
+def test_sizes_to_choose_from(chosen: int | None, told: str, captioned: str) -> None:
     sizes = SizesReport("accuracy", 0.9, 0.8, [1.5, 2.0, 3.0], [0.88, 0.82, 0.6], chosen, 0.85)
     drawing = drawings(replace(REPORT, training=replace(REPORT.training, sizes=sizes)))["sizes"]
     drawn = {line.get_label(): tuple(map(list, line.get_data())) for line in axes_of(drawing).lines}
@@ -170,6 +170,7 @@ def test_sizes_to_choose_from(chosen: int | None, told: str) -> None:
         (([2.0], [0.82]), ([2.0], [0.85])) if chosen is not None else (None, None)
     )
     assert drawing.numbers.endswith(told)
+    assert drawing.caption.endswith(captioned)
 
 
 def test_a_way_that_leads_beyond_the_target_is_seen_to_its_end() -> None:

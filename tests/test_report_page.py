@@ -15,7 +15,7 @@ from reports import make_report
 
 from hf_vdneuron.drawing import DARK, LIGHT, Drawing
 from hf_vdneuron.figures import draw_run
-from hf_vdneuron.report import RunReport, ScoreReport, TrainingReport
+from hf_vdneuron.report import RunReport, ScoreReport, SizesReport, TrainingReport
 from hf_vdneuron.report_page import render_page
 from hf_vdneuron.schedules import PhasePlan
 
@@ -136,6 +136,13 @@ def test_it_says_how_to_load_the_model(is_cut: bool) -> None:
     assert ("ignore_mismatched_sizes" in text) == is_cut
     assert ("trust_remote_code" in text) == is_cut
     assert ("nothing was removed" in text) != is_cut
+
+
+def test_it_says_why_nothing_was_removed() -> None:
+    sizes = SizesReport("accuracy", 0.9, 0.89, [1.5, 2.0], [0.8, 0.7], None, 0.85)
+    tolerant = replace(REPORT, training=replace(REPORT.training, sizes=sizes))
+    assert "as everything proved relevant." in Reader(render(is_cut=False)).text
+    assert "as no smaller size was good enough." in Reader(render(tolerant, is_cut=False)).text
 
 
 def test_every_figure_is_there_for_everybody(page: str, drawings: list[Drawing]) -> None:
