@@ -4,7 +4,7 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, prod
 
 import torch
@@ -282,6 +282,18 @@ class Budget:
                 f"`{self.name}` is {asked}, which the complete model meets: it has {now}. Set it between that and "
                 f"{most}, or leave it out."
             )
+
+    def part_way(self, share: float, present: UnitCounts) -> "Budget":
+        """Stop on the way to the limit.
+
+        Args:
+            share: Share of the way, in `[0, 1]`, in the logarithm of the cost.
+            present: Units that are there at its start.
+
+        Returns:
+            A looser budget; with a share of 1, this one.
+        """
+        return replace(self, limit=self.cost(present) ** (1 - share) * self.limit**share)
 
 
 def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budget: Budget) -> RelevanceMask:

@@ -9,9 +9,10 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hf_vdneuron.config import VDConfig
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.masks import read_mask
-from hf_vdneuron.schedules import Phase, PhasePlan
+from hf_vdneuron.schedules import Phase
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -20,6 +21,7 @@ __all__ = [
     "require_decision",
     "require_examples",
     "require_kl_gradient",
+    "require_known_patch",
     "require_no_scheduler",
     "require_one_process_per_device",
     "require_own_teacher",
@@ -123,13 +125,29 @@ def require_all_phases(args: VDTrainingArguments, num_steps: int) -> None:
     """
     plan = args.phase_plan(num_steps)
     for phase in Phase:
-        fraction, steps = getattr(args, f"{phase}_fraction"), getattr(plan, f"{phase}_steps")
+        fraction, steps = args.fractions[phase], getattr(plan, f"{phase}_steps")
         if fraction > 0 and steps < 1:
             raise ValueError(
                 f"`{phase}_fraction` is {fraction:g}, but the whole run has {num_steps} optimizer steps, none of "
                 f"them for this phase: expected at least 1. Raise `max_steps` or `num_train_epochs`, or set "
                 f"`{phase}_fraction=0` to skip the phase."
             )
+
+
+def require_known_patch(config: VDConfig | None) -> None:
+    """Refuse to put a posterior in closed form in the place of one that somebody else began.
+
+    Args:
+        config: How the trainer patched its model, None if it came patched.
+
+    Raises:
+        ValueError: If it did.
+    """
+    if config is None:
+        raise ValueError(
+            "`model` came patched, with a posterior of its own, and this run would take another in closed form: pass "
+            "it dense, with `vd_config`, or train its posterior with a `sparsify_fraction`."
+        )
 
 
 def require_posterior(model: nn.Module) -> None:
@@ -143,23 +161,22 @@ def require_posterior(model: nn.Module) -> None:
     """
     if not variational_layers(model):
         raise ValueError(
-            "The model has no variational layer left to sparsify, as after `prune()`: set `sparsify_fraction=0` to "
-            "train it as it is, or make a new `VDTrainer` with it to sparsify it further."
+            "The model has no variational layer left to sparsify, as after `prune()`: set `sparsify_fraction=0` and "
+            "no target to train it as it is, or make a new `VDTrainer` with it to sparsify it further."
         )
 
 
-def require_decision(model: nn.Module, plan: PhasePlan, step: int) -> None:
-    """Refuse to remove what nothing has decided about: no posterior was trained, and no mask is there.
+def require_decision(model: nn.Module, *, has_decided: bool, step: int) -> None:
+    """Refuse to remove what nothing has decided about: there was no posterior, and no mask is there.
 
     Args:
         model: The model.
-        plan: Phases of the latest run; without steps before the first.
+        has_decided: Whether its run came to a posterior.
         step: Steps done in it.
 
     Raises:
-        ValueError: If sparsification has not begun and the model carries no mask.
+        ValueError: If it did not, and the model carries no mask.
     """
-    has_decided = step > plan.sparsify_start if plan.sparsify_steps else step > 0  # a run without it asks for nothing
     if has_decided:
         return
     if variational_layers(model) and all(keep.all() for keep in read_mask(model).keep.values()):

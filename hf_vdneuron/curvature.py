@@ -6,7 +6,7 @@ Near a minimum the expected loss of a posterior around it is that of the minimum
 are estimated by squared gradients of single examples, the diagonal of the empirical Fisher information.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,13 @@ from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.sublayers import Axis
 
 
-__all__ = ["Batches", "Curvature", "diagonal_curvature"]
+__all__ = ["Batches", "Curvature", "Loss", "diagonal_curvature"]
 
 #: Keyword arguments of a forward, labels among them, batch by batch; tensors have the batch along their first axis.
 Batches = Iterable[Mapping[str, Any]]
+
+#: Function `(model, batch) -> loss`, a scalar that is a mean over the examples of the batch.
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,26 @@ class _Call:
     outputs: Tensor
 
 
-def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Let a model compute the loss of its batch.
+
+    Args:
+        model: The model.
+        batch: Keyword arguments of its forward, labels among them.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If it gives none.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(f"A batch with {', '.join(batch)} gives no loss: expected `labels` in every batch.")
+    return loss
+
+
+def diagonal_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_loss) -> Curvature:
     r"""Estimate the curvature of the loss from gradients of single examples.
 
     .. math::
@@ -60,9 +82,10 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
     positions the squares are summed, as noise is drawn per position in training (Kingma 2015).
 
     Args:
-        model: A patched model whose forward returns the `loss` of its batch, a mean over examples; put into evaluation
-            mode. A mean over tokens counts long examples for more.
+        model: A patched model; put into evaluation mode.
         batches: Examples with labels.
+        loss: Its loss of a batch; by default what its forward returns as `loss`. A mean over tokens counts long
+            examples for more.
 
     Returns:
         The curvature of every variational layer.
@@ -80,9 +103,9 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
     scales = {path: layer.log_var.new_zeros(layer.prior.num_groups) for path, layer in layers.items()}
     count = 0
     for batch in batches:
-        calls, loss, size = _forward(model, layers, batch)
+        calls, total, size = _forward(model, layers, batch, loss)
         # The loss of one example depends on its own activations only.
-        gradients = torch.autograd.grad(loss, [call.outputs for call in calls])
+        gradients = torch.autograd.grad(total, [call.outputs for call in calls])
         by_example: dict[str, Tensor] = {}
         for call, gradient in zip(calls, gradients, strict=True):
             weights[call.path] += _squared(call, gradient)
@@ -100,7 +123,7 @@ def diagonal_curvature(model: nn.Module, batches: Batches) -> Curvature:
 
 
 def _forward(
-    model: nn.Module, layers: Mapping[str, VariationalLayer], batch: Mapping[str, Any]
+    model: nn.Module, layers: Mapping[str, VariationalLayer], batch: Mapping[str, Any], loss: Loss
 ) -> tuple[list[_Call], Tensor, int]:
     """Run a batch, and note what goes through each layer, the loss summed over examples, and their number."""
     calls: list[_Call] = []
@@ -114,11 +137,9 @@ def _forward(
     with ExitStack() as hooks, torch.enable_grad():
         for path, layer in layers.items():
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
-        loss = getattr(model(**batch), "loss", None)
-        if loss is None:
-            raise ValueError(f"A batch with {', '.join(batch)} gives no loss: expected `labels` in every batch.")
+        mean = loss(model, batch)
         size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
-        return calls, size * loss, size
+        return calls, size * mean, size
 
 
 def _squared(call: _Call, gradient: Tensor) -> Tensor:
@@ -134,7 +155,8 @@ def _squared(call: _Call, gradient: Tensor) -> Tensor:
 def _by_scale(call: _Call, gradient: Tensor) -> Tensor:
     """Differentiate the loss of each example by the scale of each group, shape `(batch_size, num_groups)`."""
     layer, mean = call.layer, call.layer.mean.detach()
-    inputs = call.inputs.requires_grad_()
+    # In mixed precision they are narrower than the weights.
+    inputs, gradient = call.inputs.to(mean.dtype).requires_grad_(), gradient.to(mean.dtype)
     with torch.enable_grad():
         outputs = layer.multiply(inputs, mean)
     if layer.group_axis == feature_axis(layer, Axis.OUT):

@@ -8,8 +8,8 @@ from typing import Any, cast
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 
+from hf_vdneuron.fitting_trainer import FittingTrainer
 from hf_vdneuron.masks import RelevanceMask, read_mask
-from hf_vdneuron.resumable_trainer import ResumableTrainer
 from hf_vdneuron.tolerance import (
     CHOSEN_SPEEDUP,
     CUT_SPEEDUP,
@@ -29,7 +29,7 @@ __all__ = ["JudgingTrainer"]
 EvalData = Dataset[Any] | dict[str, Dataset[Any]] | None
 
 
-class JudgingTrainer(ResumableTrainer):
+class JudgingTrainer(FittingTrainer):
     """Scores the dense model and the cut one, and chooses what is cut.
 
     Attributes:
@@ -75,12 +75,16 @@ class JudgingTrainer(ResumableTrainer):
         is_same = self.choice_dataset is self.eval_dataset and not isinstance(self.eval_dataset, dict)
         return self.milestone(f"dense_{metric}") if judged is None and is_same else judged
 
-    def _choose(self, *, log: bool = True) -> RelevanceMask:
-        """Decide what a trained posterior keeps, and log every size that a tolerance has looked at."""
+    def _choose(self, share: float = 1.0, *, log: bool = True) -> RelevanceMask:
+        """Decide what a posterior keeps of what is left, and log every size that a tolerance has looked at."""
+        is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
+        posterior = self.model if is_trained else self.fit_posterior()
         tolerance, dense = self.args.tolerance, self._dense_value()
         if tolerance is None or dense is None:
-            return self._steering.mask(self.model, self.args)
-        chosen, cuts = smallest_cut(self.model, tolerance, dense, self._judge, length=self.max_length)
+            kept = self._steering.mask(posterior, self.args, share=share)
+            # Every process has to remove the same.
+            return cast(RelevanceMask, broadcast_object_list([kept])[0]) & read_mask(self.model)
+        chosen, cuts = smallest_cut(self.model, posterior, tolerance, dense, self._judge, length=self.max_length)
         if log:
             for cut in cuts:
                 self.log({CUT_SPEEDUP: cut.speedup, CUT_VALUE: cut.value})

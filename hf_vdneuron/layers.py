@@ -119,7 +119,7 @@ class VariationalLayer(nn.Module):
             log_var = self._shape_parameter(self.log_var)
             self.kl, self.statistics = self.prior.kl_bound(mean, log_var, self.group_axis)
         output_mean = self._product(inputs, mean, self.bias)
-        if self.training and (self.frozen or not self.noise):
+        if self.training and (self.frozen or not self.noise) and self.log_var.requires_grad:
             # Distributed data parallelism stops at a parameter that its outputs do not depend on.
             output_mean = output_mean + 0 * self.log_var.sum()
             if self.group_scale is not None:

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from hf_vdneuron.budget import speedup, units_left
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.relevance import irrelevant_weight_share
 from hf_vdneuron.sublayers import Unit
 
 
@@ -46,21 +45,19 @@ class RunningMeans:
         self._counts.clear()
 
 
-def structure_logs(model: nn.Module, mask: RelevanceMask, *, threshold: float, length: int) -> dict[str, float]:
+def structure_logs(model: nn.Module, mask: RelevanceMask, *, length: int) -> dict[str, float]:
     """Tell how small a patched model has become.
 
     Args:
         model: A patched model.
         mask: What is kept of it.
-        threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
         length: Tokens of a sequence for the expected speed-up.
 
     Returns:
-        Share of irrelevant weights, heads and neurons left, expected speed-up.
+        Heads and neurons left, expected speed-up.
     """
     left = units_left(model, mask)
     return {
-        "irrelevant_weights": irrelevant_weight_share(model, threshold),
         "heads": sum(left[Unit.HEAD]),
         "neurons": sum(left[Unit.NEURON]),
         "expected_speedup": speedup(model, mask, length=length),

@@ -41,7 +41,8 @@ def split_variational_(
     """
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in distances}
     for name, parameter in named_parameters:
-        kinds.get(name.rpartition(".")[2], []).append(parameter)
+        if parameter.requires_grad:
+            kinds.get(name.rpartition(".")[2], []).append(parameter)
     moved = {id(parameter) for parameters in kinds.values() for parameter in parameters}
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if not group.get(_MARK)]
     for group in optimizer.param_groups:

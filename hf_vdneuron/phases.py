@@ -13,7 +13,7 @@ from hf_vdneuron.elbo import em_step_, set_variational_, variational_layers
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.monitoring import RunningMeans
 from hf_vdneuron.optimization import reset_variational_
-from hf_vdneuron.schedules import Phase
+from hf_vdneuron.schedules import Phase, cut_path
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -32,10 +32,10 @@ class PhaseCallback(TrainerCallback):
         steering: Weighs the KL.
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
-        choose: Function that says what the trained posterior keeps.
+        choose: Function `(share) -> mask` that says what the posterior keeps at this share of the way to a target.
 
     Attributes:
-        is_cut: Whether this run has masked what is irrelevant.
+        is_cut: Whether this run has masked all that is irrelevant.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PhaseCallback(TrainerCallback):
         steering: Steering,
         means: RunningMeans,
         score: Callable[[str], None],
-        choose: Callable[[], RelevanceMask],
+        choose: Callable[[float], RelevanceMask],
     ) -> None:
         self.teacher = teacher
         self.steering = steering
@@ -66,11 +66,11 @@ class PhaseCallback(TrainerCallback):
         """
         plan, step = args.phase_plan(state.max_steps), state.global_step
         self.means.clear()
-        self.is_cut = plan.sparsify_steps > 0 and step > plan.recover_start
+        self.is_cut = args.removes and step > max(cut_path(plan))
         if step <= plan.sparsify_start:
             self.teacher.forget_own_()
         require_all_phases(args, state.max_steps)
-        if plan.sparsify_steps:
+        if args.removes:
             require_posterior(run["model"])
             if args.distillation_weight and step < state.max_steps:
                 require_own_teacher(self.teacher.model, step, made_at=plan.sparsify_start)
@@ -85,14 +85,15 @@ class PhaseCallback(TrainerCallback):
             **run: Model and optimizer.
         """
         plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
-        if plan.sparsify_steps and step == plan.sparsify_start:
+        if args.removes and step == plan.sparsify_start:
             self.score("dense")
             if args.distillation_weight:
                 self.teacher.copy_(model)
-            reset_variational_(run["optimizer"])
-            self.steering.look_(model, plan, step=step)
-        if plan.sparsify_steps and step == plan.recover_start:
-            self._cut_(model)
+            if plan.sparsify_steps:
+                reset_variational_(run["optimizer"])
+                self.steering.look_(model, plan, step=step)
+        if args.removes and (share := cut_path(plan).get(step)) is not None:
+            self._cut_(model, share)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
         set_variational_(model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
 
@@ -125,9 +126,9 @@ class PhaseCallback(TrainerCallback):
             **run: Model and optimizer.
         """
         plan = args.phase_plan(state.max_steps)
-        if plan.sparsify_steps and plan.sparsify_start < state.global_step <= plan.recover_start:
+        if plan.sparsify_start < state.global_step <= plan.recover_start:
             self.steering.look_(run["model"], plan, step=state.global_step)
-            control.should_save |= args.save_posterior and state.global_step == plan.recover_start
+        control.should_save |= args.save_posterior and state.global_step == plan.recover_start
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Cut where no step of recovery did: there is none, or training was stopped before.
@@ -137,12 +138,17 @@ class PhaseCallback(TrainerCallback):
             state: Where it stands.
             **run: Model and optimizer.
         """
-        plan, model = args.phase_plan(state.max_steps), run["model"]
-        if plan.sparsify_steps and state.global_step > plan.sparsify_start and not self.is_cut:
-            self._cut_(model)
+        plan, model, step = args.phase_plan(state.max_steps), run["model"], state.global_step
+        # A trained one is there from its first step on, one in closed form as soon as the model is fine-tuned.
+        has_posterior = step >= plan.sparsify_start + min(1, plan.sparsify_steps)
+        if args.removes and has_posterior and not self.is_cut:
+            if step == plan.sparsify_start:
+                self.score("dense")
+            self._cut_(model, 1.0)
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
-    def _cut_(self, model: nn.Module) -> None:
-        mask_model_(model, self.choose())
-        self.is_cut = True
-        self.score("cut")
+    def _cut_(self, model: nn.Module, share: float) -> None:
+        mask_model_(model, self.choose(share))
+        self.is_cut = share == 1
+        if self.is_cut:
+            self.score("cut")

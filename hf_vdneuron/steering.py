@@ -128,7 +128,7 @@ class Steering:
         if step == 0:
             self._table = None
         self._course = None
-        if args.target is None or not plan.sparsify_steps:
+        if args.target is None:
             return
         costs = Costs(model, length=self.length)
         if args.target_speedup is not None and args.speedup_from is SpeedupFrom.LATENCY:
@@ -150,7 +150,7 @@ class Steering:
                 f"`{args.target}` is {getattr(args, args.target):g}, which leaves {share_left:.1%} of what heads and "
                 "neurons cost: a model that small may do no better than chance."
             )
-        first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE))
+        first = first_kl_weight(self.num_data(), max(share_left, LEAST_SHARE)) if plan.sparsify_steps else 0.0
         self._course = _Course(costs.sublayers, budget, present, fixed, first)
         if self._kl_weight is None and plan.sparsify_start < step < plan.recover_start and args.kl_weight is None:
             raise ValueError(
@@ -213,21 +213,22 @@ class Steering:
 
     # ---- Arriving ----
 
-    def mask(self, model: nn.Module, args: VDTrainingArguments) -> RelevanceMask:
-        """Choose what is kept of what an earlier run or the user left.
+    def mask(self, posterior: nn.Module, args: VDTrainingArguments, *, share: float = 1.0) -> RelevanceMask:
+        """Choose what is kept.
 
         Args:
-            model: The patched model.
+            posterior: A patched model with the posterior that says what matters.
             args: Arguments of the run.
+            share: Share of the way to the target.
 
         Returns:
             What the target allows; without one, what the rule does not find irrelevant.
         """
-        if self._course is None:
-            mask = relevance_mask(model, args.dropout_rate_threshold)
-        else:
-            mask = keep_within(self._course.sublayers, unit_relevance(model), self._course.budget)
-        return mask & read_mask(model)
+        course = self._course
+        if course is None:
+            return relevance_mask(posterior, args.dropout_rate_threshold)
+        budget = course.budget.part_way(share, course.present)
+        return keep_within(course.sublayers, unit_relevance(posterior), budget)
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

@@ -65,7 +65,13 @@ class Cut:
 
 
 def smallest_cut(
-    model: nn.Module, tolerance: Tolerance, dense: float, judge: Callable[[], float], *, length: int
+    model: nn.Module,
+    posterior: nn.Module,
+    tolerance: Tolerance,
+    dense: float,
+    judge: Callable[[], float],
+    *,
+    length: int,
 ) -> tuple[Cut | None, list[Cut]]:
     """Cut a posterior at many sizes, and keep the smallest that a tolerance allows.
 
@@ -74,6 +80,7 @@ def smallest_cut(
 
     Args:
         model: A patched model; in the end it carries the mask that it had.
+        posterior: The model with the posterior that says what matters, which may be the same.
         tolerance: How much worse than the dense model it may be.
         dense: The dense model's metric.
         judge: Function that evaluates the model as it is and returns the metric.
@@ -84,7 +91,7 @@ def smallest_cut(
     """
     before, costs = read_mask(model), Costs(model, length=length)
     # Of the model as it is now: a masked one finds what is masked irrelevant.
-    relevance = unit_relevance(model)
+    relevance = unit_relevance(posterior)
     fixed = costs.macs(irremovable_units(relevance))
     full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
     cuts: list[Cut] = []

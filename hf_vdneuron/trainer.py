@@ -14,6 +14,7 @@ from hf_vdneuron.checks import (
     require_decision,
     require_examples,
     require_kl_gradient,
+    require_known_patch,
     require_no_scheduler,
     require_one_process_per_device,
     require_supported_sharding,
@@ -26,7 +27,7 @@ from hf_vdneuron.distillation import (
     predictions,
     require_hidden_states,
 )
-from hf_vdneuron.elbo import kl_divergence, variational_layers
+from hf_vdneuron.elbo import kl_divergence, variational_layers, variational_parameters
 from hf_vdneuron.judging_trainer import JudgingTrainer
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -35,9 +36,9 @@ from hf_vdneuron.optimization import phase_scheduler, split_variational_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.phases import PhaseCallback
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.relevance import relevance_mask
+from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
 from hf_vdneuron.resumable_trainer import Trial
-from hf_vdneuron.schedules import Phase, PhasePlan
+from hf_vdneuron.schedules import Phase, PhasePlan, cut_path
 from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.targets import DEFAULT_LENGTH
@@ -54,6 +55,9 @@ class VDTrainer(JudgingTrainer):
     optimizer step, and EM moves the prior once after it. Then what the target leaves no room for is masked, or what a
     tolerance can do without, or without either what the dropout-rate rule finds irrelevant, and recovery trains the
     rest. `prune()` removes it for good.
+
+    With a target, sparsification takes no step unless it is given some: the posterior is in closed form then, taken
+    anew for each of a few cuts in the first third of the recovery.
 
     Args:
         model: Model to train. A dense one is patched in place.
@@ -104,7 +108,9 @@ class VDTrainer(JudgingTrainer):
             teacher.to(args.device).requires_grad_(False).eval()
         self.add_callback(self._phases)
         self._watch_tolerance_()
-        if self.train_dataset is not None and args.sparsify_fraction > 0:
+        if args.removes and args.fractions[Phase.SPARSIFY] == 0:
+            require_known_patch(self.vd_config)
+        elif args.removes and self.train_dataset is not None:
             self.num_data  # noqa: B018  # refuses data of unknown length
 
     def call_model_init(self, trial: Trial | None = None) -> PreTrainedModel:
@@ -181,7 +187,7 @@ class VDTrainer(JudgingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._detect_loss_scaling_(model, inputs)
         labels = inputs.get("labels")
-        if self.args.num_data is None:
+        if self.args.num_data is None and self.plan.sparsify_steps:
             require_examples(inputs, labels)
         asked = {**inputs, "output_hidden_states": True} if self._distils_hidden_states else inputs
         nll, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
@@ -238,8 +244,7 @@ class VDTrainer(JudgingTrainer):
     @property
     def _has_lessons(self) -> bool:
         """Whether some step of the run has a teacher."""
-        plan = self.plan
-        return plan.sparsify_steps > 0 or (self.teacher is not None and plan.recover_steps > 0)
+        return self.args.removes or (self.teacher is not None and self.plan.recover_steps > 0)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell whether the Trainer takes the loss as already divided over the micro-batches of the step."""
@@ -266,6 +271,9 @@ class VDTrainer(JudgingTrainer):
         Returns:
             The optimizer.
         """
+        for parameter in variational_parameters(self.model if model is None else model):
+            # What stands still all the time needs no memory for gradients and moments.
+            parameter.requires_grad_(self.plan.sparsify_steps > 0)
         optimizer = super().create_optimizer(model)
         split_variational_(
             optimizer,
@@ -309,7 +317,7 @@ class VDTrainer(JudgingTrainer):
 
     @property
     def _is_to_be_cut(self) -> bool:
-        return self.plan.sparsify_steps > 0 and not self._phases.is_cut
+        return self.args.removes and not self._phases.is_cut
 
     def prune(self) -> PreTrainedModel:
         """Remove irrelevant heads and neurons for good; the trainer then holds, saves and pushes the pruned model.
@@ -325,7 +333,10 @@ class VDTrainer(JudgingTrainer):
         Raises:
             ValueError: If no step has sparsified and the model carries no mask.
         """
-        require_decision(self.model, self.plan, self.state.global_step)
+        step, plan = self.state.global_step, self.plan
+        # A run that asks for nothing has nothing to decide.
+        first = plan.sparsify_start + min(1, plan.sparsify_steps) if self.args.removes else 1
+        require_decision(self.model, has_decided=self.state.max_steps > 0 and step >= first, step=step)
         # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
         if vars(self.model).pop("_original_forward", None) is not None:
             del self.model.forward
@@ -352,18 +363,22 @@ class VDTrainer(JudgingTrainer):
             if variational_layers(self.model):
                 threshold = self.args.dropout_rate_threshold
                 # What the rule would keep shows how far the posterior is; the target's cut is the same at every step.
-                mask = relevance_mask(self.model, threshold) if self._is_to_be_cut else read_mask(self.model)
-                logs |= {"kl_weight": self.kl_weight}
+                is_trained = self.plan.sparsify_steps > 0
+                undecided = is_trained and self._is_to_be_cut
+                mask = relevance_mask(self.model, threshold) if undecided else read_mask(self.model)
+                if is_trained:
+                    irrelevant = irrelevant_weight_share(self.model, threshold)
+                    logs |= {"kl_weight": self.kl_weight, "irrelevant_weights": irrelevant}
                 if self.phase is Phase.SPARSIFY:
                     logs |= self._steering.logs()
-                logs |= structure_logs(self.model, mask, threshold=threshold, length=self.max_length)
+                logs |= structure_logs(self.model, mask, length=self.max_length)
         super().log(logs, start_time)
 
     # ---- Private methods of the Trainer, watched by tests/test_trainer.py ----
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial | None) -> bool:
         """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
-        if self.plan.sparsify_steps and self.state.global_step <= self.plan.recover_start:
+        if self.args.removes and self.state.global_step <= max(cut_path(self.plan)):
             return False
         # A tolerance names a metric too, which each of several sets has under the set's name.
         if self.args.tolerance is not None and f"eval_{self.args.tolerance.metric}" not in metrics:

@@ -23,6 +23,13 @@ _TOLERANCES = ("max_metric_drop", "max_loss_increase")
 #: Name of the loss among the metrics of an evaluation.
 _LOSS = "loss"
 
+#: Shares of a run: of fine-tuning; of the training of a posterior, where it is trained; of recovery behind that, and
+#: behind a posterior in closed form.
+FINETUNE_SHARE, SPARSIFY_SHARE, RECOVER_SHARE, LONG_RECOVER_SHARE = 0.3, 0.5, 0.2, 0.7
+
+#: What only a posterior that is trained depends on.
+_OF_TRAINING = ("kl_weight", "kl_ramp", "kl_start", "log_var_distance", "group_scale_distance")
+
 
 class SpeedupFrom(StrEnum):
     """What a speed-up is a ratio of."""
@@ -66,14 +73,16 @@ class VDTrainingArguments(TrainingArguments):
     """Arguments of `VDTrainer`.
 
     `num_train_epochs` or `max_steps` is the length of the whole run. The fractions divide it into fine-tuning,
-    sparsification and recovery, each with its own warm-up and decay. With 1,000 steps and the default fractions, the
-    first 300 fine-tune, 500 sparsify and 200 recover.
+    sparsification and recovery, each with its own warm-up and decay. A model that is fine-tuned already starts with
+    `finetune_fraction=0`.
 
-    A model that is fine-tuned already starts with `finetune_fraction=0`.
+    With one of the targets, the run arrives at it; with a tolerance, as much goes as the evaluation set allows. Either
+    way the posterior is in closed form by default, from gradients on some training examples, and all steps behind the
+    cut recover: 300 and 700 of 1,000. With a `sparsify_fraction` it is trained instead, and the weight of the KL term
+    is found on the way to a target.
 
-    With one of the targets, the run arrives at it and finds the weight of the KL term on the way. With a tolerance, as
-    much goes as the evaluation set allows. Without any, the dropout-rate rule decides how much goes. The weight is
-    fixed in both cases.
+    Without any, the dropout-rate rule decides how much a trained posterior lets go, at a fixed weight of the KL: 300
+    steps of 1,000 fine-tune, 500 sparsify and 200 recover.
     """
 
     target_speedup: float | None = field(
@@ -114,19 +123,28 @@ class VDTrainingArguments(TrainingArguments):
         },
     )
     finetune_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the run that fine-tunes the dense model; 0 skips it."}
+        default=FINETUNE_SHARE, metadata={"help": "Share of the run that fine-tunes the dense model; 0 skips it."}
     )
-    sparsify_fraction: float = field(
-        default=0.5, metadata={"help": "Share of the run that trains the posterior; 0 skips it."}
+    sparsify_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the run that trains the posterior, by default 0.5. 0, the default with a target or a "
+            "tolerance, takes the posterior in closed form there, and removes nothing elsewhere."
+        },
     )
-    recover_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the run that trains what is left; 0 skips it."}
+    recover_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the run that trains what is left; 0 skips it. By default 0.2 behind a trained "
+            "posterior, and 0.7 otherwise."
+        },
     )
     kl_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Final weight of the KL term. By default it is found for a target; without one it is `num_data` / "
-            "3,000,000, as a pretrained weight stands for far more evidence than the examples of one task."
+            "help": "Final weight of the KL term of a posterior that is trained. By default it is found for a target; "
+            "without one it is `num_data` / 3,000,000, as a pretrained weight stands for far more evidence than the "
+            "examples of one task."
         },
     )
     kl_ramp: float = field(
@@ -177,9 +195,8 @@ class VDTrainingArguments(TrainingArguments):
     save_posterior: bool = field(
         default=False,
         metadata={
-            "help": "Save a checkpoint at the end of the sparsification, before the cut. A run of the same steps and "
-            "fractions that resumes from it with another target or tolerance cuts the same posterior to another size, "
-            "and only has to recover."
+            "help": "Save a checkpoint right before the first cut. A run of the same steps and fractions that resumes "
+            "from it with another target or tolerance arrives at another size, and only has to recover."
         },
     )
     num_data: int | None = field(
@@ -206,12 +223,6 @@ class VDTrainingArguments(TrainingArguments):
                 f"`hidden_distillation_weight` is {self.hidden_distillation_weight:g}, but `distillation_weight` is "
                 "0, which trains without a teacher: set both, or none."
             )
-        asked = self.target or self._tolerance
-        if asked is not None and self.sparsify_fraction == 0:
-            raise ValueError(
-                f"`{asked}` is set, but `sparsify_fraction` is 0, so that nothing would be removed: give the "
-                "sparsification a share of the run, or leave the target out."
-            )
         options = self.gradient_checkpointing_kwargs
         if self.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
             raise ValueError(
@@ -237,7 +248,7 @@ class VDTrainingArguments(TrainingArguments):
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and is_valid(value)):
                     raise ValueError(f"`{name}` is {value}: expected {expected}.")
-        if self.finetune_fraction + self.sparsify_fraction + self.recover_fraction <= 0:
+        if sum(self.fractions.values()) <= 0:
             raise ValueError(
                 "`finetune_fraction`, `sparsify_fraction` and `recover_fraction` are all 0: expected one above 0."
             )
@@ -252,14 +263,25 @@ class VDTrainingArguments(TrainingArguments):
                 "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
                 "away again: expected neither."
             )
-        if self.save_posterior and self.sparsify_fraction == 0:
+        if self.save_posterior and not self.removes:
             raise ValueError("`save_posterior` is set, but `sparsify_fraction` is 0: there is no posterior to save.")
 
     def _check_steering(self) -> None:
-        if self.target is None or self.kl_weight is not None:
+        if self.target is None and self._tolerance is None:
+            return
+        is_trained = self.fractions[Phase.SPARSIFY] > 0
+        if is_trained and (self.target is None or self.kl_weight is not None):
             return
         for known in fields(VDTrainingArguments):
-            if known.name in ("kl_ramp", "kl_start") and getattr(self, known.name) != known.default:
+            if getattr(self, known.name) == known.default:
+                continue
+            if known.name in _OF_TRAINING and not is_trained:
+                raise ValueError(
+                    f"`{known.name}` is {getattr(self, known.name)}, but the posterior is not trained, as "
+                    "`sparsify_fraction` is 0, the default with a target or a tolerance: leave it out, or give the "
+                    f"sparsification a share of the run, such as {SPARSIFY_SHARE}."
+                )
+            if known.name in ("kl_ramp", "kl_start"):
                 raise ValueError(
                     f"`{known.name}` is {getattr(self, known.name)}, but with a target the KL weight is steered and "
                     "has no schedule: leave it out, or set `kl_weight` too."
@@ -310,6 +332,23 @@ class VDTrainingArguments(TrainingArguments):
         return Tolerance(metric, self.max_metric_drop, greater_is_better=better)
 
     @property
+    def fractions(self) -> dict[Phase, float]:
+        """Share of the run of each phase, relative to their sum."""
+        asked = self.target is not None or self._tolerance is not None
+        sparsify = self.sparsify_fraction
+        if sparsify is None:
+            sparsify = 0.0 if asked else SPARSIFY_SHARE
+        recover = self.recover_fraction
+        if recover is None:
+            recover = RECOVER_SHARE if sparsify > 0 else LONG_RECOVER_SHARE
+        return {Phase.FINETUNE: self.finetune_fraction, Phase.SPARSIFY: sparsify, Phase.RECOVER: recover}
+
+    @property
+    def removes(self) -> bool:
+        """Whether the run makes a cut, by a posterior that it trains or by one in closed form."""
+        return self.fractions[Phase.SPARSIFY] > 0 or self.target is not None or self._tolerance is not None
+
+    @property
     def goal(self) -> str:
         """What decides how much goes, for people: the target or tolerance with its value, or the rule."""
         if (tolerance := self.tolerance) is not None:
@@ -357,9 +396,10 @@ class VDTrainingArguments(TrainingArguments):
         Returns:
             The plan.
         """
+        shares = self.fractions
         return PhasePlan.from_fractions(
             num_steps,
-            finetune=self.finetune_fraction,
-            sparsify=self.sparsify_fraction,
-            recover=self.recover_fraction,
+            finetune=shares[Phase.FINETUNE],
+            sparsify=shares[Phase.SPARSIFY],
+            recover=shares[Phase.RECOVER],
         )

@@ -33,7 +33,7 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:
         if state.global_step == self.step:
             named = run["model"].named_parameters()
-            self.found = {name: parameter.grad.clone() for name, parameter in named}
+            self.found = {name: parameter.grad.clone() for name, parameter in named if parameter.requires_grad}
 
 
 def run(folder: Path, options: dict[str, Any]) -> None:

@@ -94,10 +94,17 @@ def test_gradients_are_those_of_the_global_batch(without_noise: tuple[Seen, list
     assert any(gradient.abs().max() > 1000 * TOLERANCE for gradient in single["gradients"].values())
 
 
-@pytest.mark.parametrize("target", [{}, {"kl_weight": None, "target_speedup": 1.5}], ids=["rule", "target"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(PRUNING, id="rule"),
+        pytest.param({**PRUNING, "kl_weight": None, "target_speedup": 1.5}, id="target"),
+        pytest.param({"sparsify_fraction": 0.0, "target_speedup": 1.5}, id="in closed form"),
+    ],
+)
 def test_ranks_agree_on_what_is_removed(tmp_path: Path, target: dict[str, float | None]) -> None:
     """All phases, with noise, gradient accumulation and checkpointing on."""
-    options = {**PRUNING, **target, "noise": True, "step": 0, "per_device_train_batch_size": 2}
+    options = {**target, "noise": True, "step": 0, "per_device_train_batch_size": 2}
     first, second = launch(
         tmp_path, gradient_accumulation_steps=2, activation_checkpointing=True, eval_strategy="no", **options
     )

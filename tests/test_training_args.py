@@ -13,9 +13,24 @@ from hf_vdneuron.training_args import VDTrainingArguments
 
 NAN, INF = float("nan"), float("inf")
 
+TRAINED = {"target_speedup": 2.0, "sparsify_fraction": 0.5}
 
-def test_defaults_divide_a_run(tmp_path: Path) -> None:
-    assert VDTrainingArguments(output_dir=str(tmp_path)).phase_plan(1000) == PhasePlan(300, 500, 200)
+
+@pytest.mark.parametrize(
+    ("options", "plan", "removes"),
+    [
+        pytest.param({}, PhasePlan(300, 500, 200), True, id="by the rule"),
+        pytest.param({"target_speedup": 2.0}, PhasePlan(300, 0, 700), True, id="to a target"),
+        pytest.param({"max_loss_increase": 0.1}, PhasePlan(300, 0, 700), True, id="within a tolerance"),
+        pytest.param(TRAINED, PhasePlan(300, 500, 200), True, id="to a target by a trained posterior"),
+        pytest.param({"target_params": 9, "recover_fraction": 0}, PhasePlan(1000, 0, 0), True, id="no recovery"),
+        pytest.param({"sparsify_fraction": 0}, PhasePlan(300, 0, 700), False, id="without a cut"),
+    ],
+)
+def test_defaults_divide_a_run(tmp_path: Path, options: dict[str, Any], plan: PhasePlan, removes: bool) -> None:
+    args = VDTrainingArguments(output_dir=str(tmp_path), **options)
+    assert args.phase_plan(1000) == plan
+    assert args.removes is removes
 
 
 @pytest.mark.parametrize(
@@ -29,8 +44,10 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
         ({"kl_ramp": NAN}, "`kl_ramp` is nan"),
         ({"kl_start": 0.0}, "`kl_start` is 0.0"),
         ({"kl_start": 1.5}, "`kl_start` is 1.5"),
-        ({"kl_start": 0.1, "target_speedup": 2.0}, "`kl_start` is 0.1, but with a target the KL weight is steered"),
-        ({"kl_ramp": 0.1, "target_params": 9}, "`kl_ramp` is 0.1, but with a target the KL weight is steered"),
+        ({"kl_start": 0.1, **TRAINED}, "`kl_start` is 0.1, but with a target the KL weight is steered"),
+        ({"kl_ramp": 0.1, **TRAINED}, "`kl_ramp` is 0.1, but with a target the KL weight is steered"),
+        ({"kl_weight": 0.1, "target_params": 9}, "`kl_weight` is 0.1, but the posterior is not trained"),
+        ({"log_var_distance": 1.0, "max_loss_increase": 0.1}, "`log_var_distance` is 1.0, but the posterior is not"),
         ({"kl_weight": -1.0}, "`kl_weight` is -1.0"),
         ({"kl_weight": NAN}, "`kl_weight` is nan"),
         ({"kl_weight": INF}, "`kl_weight` is inf"),
@@ -51,10 +68,6 @@ def test_defaults_divide_a_run(tmp_path: Path) -> None:
         (
             {"target_speedup": 2.0, "target_params": 9},
             "`target_speedup` and `target_params` are set: expected at most one",
-        ),
-        (
-            {"sparsify_fraction": 0, "target_speedup": 2.0},
-            "`target_speedup` is set, but `sparsify_fraction` is 0, so that nothing would be removed",
         ),
         ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
         (

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer that takes a posterior in closed form, from gradients on some of its training examples."""
+
+from collections.abc import Iterator, Mapping, Sized
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from hf_vdneuron.curvature import Curvature, diagonal_curvature
+from hf_vdneuron.laplace import fit_posterior_
+from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.resumable_trainer import ResumableTrainer
+from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
+from hf_vdneuron.sharding import dense_copy
+
+
+__all__ = ["FittingTrainer"]
+
+#: Training examples that the curvature of the loss is estimated on, for each cut.
+NUM_EXAMPLES = 1024
+
+
+class FittingTrainer(ResumableTrainer):
+    """Fits a posterior to the curvature of the loss, as the model is now."""
+
+    def fit_posterior(self) -> nn.Module:
+        """Take a posterior in closed form. Every process has to call this, and gets the same.
+
+        Returns:
+            A copy of the model, patched anew, whose variances, group scales and priors are those of the posterior.
+
+        Raises:
+            ValueError: If the loss of an example has no gradient.
+        """
+        posterior = patch_model_(dense_copy(self.model), self.vd_config)
+        curvature = diagonal_curvature(posterior, self._examples(), loss=self._loss)
+        # Each process has seen a share of the examples.
+        shared = Curvature(*(reduce(dict(part), "mean") for part in (curvature.weights, curvature.scales)))
+        return fit_posterior_(posterior, shared, num_data=PRETRAINING_EVIDENCE)
+
+    def _examples(self) -> Iterator[Mapping[str, Any]]:
+        """Read the same training examples each time, drawn at random where they can be."""
+        data = cast(Any, self.train_dataset)
+        if isinstance(data, Sized):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
+            data = Subset(data, order[:NUM_EXAMPLES].tolist())
+        else:
+            data = list(islice(data, NUM_EXAMPLES))
+        for batch in self.get_eval_dataloader(data):
+            yield cast(dict[str, Any], self._prepare_inputs(batch))
+
+    def _loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Compute the loss that the run is about, without a teacher."""
+        return cast(Tensor, self.compute_loss(model, dict(batch)))

@@ -1,0 +1,277 @@
+"""A posterior in closed form inside a run: what it is fitted to, when it cuts, and how a run with it is resumed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import make_trainer, rows, tiny_bert
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    BertForMaskedLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils.generic import ModelOutput
+
+from hf_vdneuron import fitting_trainer
+from hf_vdneuron.budget import Costs, cost_ratio, unit_counts
+from hf_vdneuron.curvature import diagonal_curvature
+from hf_vdneuron.elbo import variational_layers, variational_parameters
+from hf_vdneuron.laplace import fit_posterior_
+from hf_vdneuron.masks import read_mask
+from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.relevance import unit_relevance
+from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
+from hf_vdneuron.trainer import VDTrainer
+
+
+TARGET = 1.6
+LENGTH = 6
+
+#: Three steps of fine-tuning, then cuts before steps 3, 5, 7 and 9.
+CLOSED = {"sparsify_fraction": 0.0, "finetune_fraction": 0.125, "recover_fraction": 0.75, "target_speedup": TARGET}
+NUM_STEPS = 21
+CUTS = [3, 5, 7, 9]
+
+
+def closed(folder: Path, **options: Any) -> VDTrainer:
+    trainer_options = {"max_length": LENGTH, "eval_dataset": rows(), **options.pop("trainer_options", {})}
+    return make_trainer(folder, trainer_options=trainer_options, **{"max_steps": NUM_STEPS, **CLOSED, **options})
+
+
+def speedup(model: nn.Module) -> float:
+    costs = Costs(model, length=LENGTH)
+    return cost_ratio(costs.macs({}), costs.macs(unit_counts(costs.sublayers, read_mask(model))))
+
+
+class Speedups(TrainerCallback):
+    """Notes how fast the model of each step is, and stops after one if asked to."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **run: Any) -> None:
+        self.seen.append(speedup(model))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == self.stop
+
+
+def test_it_is_fitted_to_the_curvature_of_the_training_loss(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    expected = patch_model_(tiny_bert())
+    batches = DataLoader(rows(), batch_size=5, collate_fn=default_data_collator)
+    fit_posterior_(expected, diagonal_curvature(expected, batches), num_data=PRETRAINING_EVIDENCE)
+    for path, relevance in unit_relevance(trainer.fit_posterior()).items():
+        torch.testing.assert_close(relevance, unit_relevance(expected)[path], rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_itself_is_left_alone(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.fit_posterior()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.model.training
+
+
+def test_a_loss_of_ones_own_counts(tmp_path: Path) -> None:
+    """Of a loss that does not depend on the model there is no curvature."""
+
+    def flat(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        return 0 * outputs.logits.sum()
+
+    trainer = closed(tmp_path, trainer_options={"compute_loss_func": flat})
+    posterior = trainer.fit_posterior()
+    kept = [layer.group_scale for layer in variational_layers(posterior).values()]
+    assert max(scale.max().item() for scale in kept) == 0
+
+
+@pytest.mark.parametrize("num_examples", [8, 20])
+def test_only_so_many_examples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_examples: int) -> None:
+    monkeypatch.setattr(fitting_trainer, "NUM_EXAMPLES", num_examples)
+    trainer = closed(tmp_path)
+    first, second = (torch.cat([batch["input_ids"] for batch in trainer._examples()]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(first) == num_examples
+    every = {tuple(row["input_ids"].tolist()) for row in rows()}
+    assert {tuple(row) for row in first.tolist()} < every
+
+
+class Stream(IterableDataset):
+    """Rows whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(rows())
+
+
+def test_data_of_unknown_length_will_do(tmp_path: Path) -> None:
+    trainer = closed(tmp_path, data=Stream())
+    trainer.train()
+    assert speedup(trainer.model) >= TARGET
+
+
+# ---- Cuts ----
+
+
+def test_cuts_go_step_by_step_to_the_target(tmp_path: Path) -> None:
+    watcher = Speedups()
+    trainer = closed(tmp_path, trainer_options={"callbacks": [watcher]})
+    trainer.train()
+    assert watcher.seen[: CUTS[0]] == [1.0] * CUTS[0]
+    for index, step in enumerate(CUTS):
+        end = CUTS[index + 1] if index + 1 < len(CUTS) else NUM_STEPS
+        assert len(set(watcher.seen[step:end])) == 1
+        asked = TARGET ** ((index + 1) / len(CUTS))
+        # Each cut is met, and exceeded by less than one head more.
+        assert asked <= watcher.seen[step] < 1.2 * asked
+    cuts = [logs["step"] for logs in trainer.state.log_history if "cut_loss" in logs]
+    dense = [logs["step"] for logs in trainer.state.log_history if "dense_loss" in logs]
+    assert (dense, cuts) == (CUTS[:1], CUTS[-1:])
+    trainer.prune()
+    costs = Costs(trainer.model, length=LENGTH)
+    full = Costs(tiny_bert(), length=LENGTH)
+    assert cost_ratio(full.macs({}), costs.macs({})) == pytest.approx(watcher.seen[-1])
+
+
+def test_what_is_gone_stays_gone(tmp_path: Path) -> None:
+    class Nested(TrainerCallback):
+        def __init__(self) -> None:
+            self.before: dict[str, Tensor] = {}
+
+        def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **run: Any) -> None:
+            now = read_mask(model).keep
+            assert all(not (keep & ~self.before.get(path, keep)).any() for path, keep in now.items())
+            self.before = {path: keep.clone() for path, keep in now.items()}
+
+    closed(tmp_path, trainer_options={"callbacks": [Nested()]}).train()
+
+
+@pytest.mark.parametrize("stop", [2, 3, 6, 9, 12])
+def test_a_run_that_is_stopped_arrives(tmp_path: Path, stop: int) -> None:
+    """But not one that was stopped while it was fine-tuned."""
+    trainer = closed(tmp_path, trainer_options={"callbacks": [Speedups(stop)]})
+    trainer.train()
+    if stop < CUTS[0]:
+        assert speedup(trainer.model) == 1
+        with pytest.raises(ValueError, match="Nothing has decided what goes"):
+            trainer.prune()
+    else:
+        assert speedup(trainer.model) >= TARGET
+        assert trainer.milestone("cut_loss") is not None
+        assert trainer.prune().num_parameters() < tiny_bert().num_parameters()
+
+
+@pytest.mark.parametrize(
+    "fractions",
+    [
+        pytest.param({"recover_fraction": 0.0}, id="no recovery"),
+        pytest.param({"finetune_fraction": 0.0}, id="fine-tuned already"),
+    ],
+)
+def test_a_phase_can_be_left_out(tmp_path: Path, fractions: dict[str, float]) -> None:
+    trainer = closed(tmp_path, max_steps=8, **fractions)
+    trainer.train()
+    assert speedup(trainer.model) >= TARGET
+    assert trainer.milestone("dense_loss") is not None
+    cut = trainer.milestone("cut_loss")
+    loss = trainer.evaluate()["eval_loss"]
+    assert (loss == cut) is ("recover_fraction" in fractions)
+
+
+def test_nothing_is_removed_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Nothing has decided what goes: 0 steps"):
+        closed(tmp_path, finetune_fraction=0.0).prune()
+
+
+def test_another_run_goes_on_from_what_is_left(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    trainer.train()
+    first = read_mask(trainer.model).keep
+    trainer.args.target_speedup = 2 * TARGET
+    trainer.train()
+    assert speedup(trainer.model) >= 2 * TARGET
+    assert not any((keep & ~first[path]).any() for path, keep in read_mask(trainer.model).keep.items())
+
+
+def test_a_mixed_precision_run_arrives(tmp_path: Path) -> None:
+    trainer = closed(tmp_path, bf16=True)
+    trainer.train()
+    assert speedup(trainer.model) >= TARGET
+    assert trainer.prune().dtype == torch.float32
+
+
+def test_a_language_model_need_not_count_its_tokens(tmp_path: Path) -> None:
+    trainer = closed(
+        tmp_path,
+        model=tiny_bert(BertForMaskedLM),
+        data=rows(language_model=True),
+        trainer_options={"eval_dataset": None},
+    )
+    trainer.train()
+    assert speedup(trainer.model) >= TARGET
+
+
+def test_a_model_that_came_patched_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`model` came patched, .* `sparsify_fraction`"):
+        closed(tmp_path, model=patch_model_(tiny_bert()))
+
+
+def test_what_stands_still_costs_no_memory(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    trainer.train()
+    own = variational_parameters(trainer.model)
+    assert own
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in own)
+    assert own.isdisjoint(trainer.optimizer.state)
+    held = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert own.isdisjoint(held)
+
+
+def test_logs_say_nothing_of_a_posterior_that_is_not_trained(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    trainer.train()
+    names = set().union(*trainer.state.log_history)
+    assert names >= {"heads", "neurons", "expected_speedup", "distillation"}
+    assert not names & {"kl", "kl_weight", "irrelevant_weights", "expected_removal"}
+
+
+# ---- Going on ----
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("closed")
+    trainer = closed(folder, save_strategy="steps", save_steps=1)
+    trainer.train()
+    return folder, trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("step", [1, *CUTS, 6, 10, 20])
+def test_a_resumed_run_ends_bit_equal(
+    uninterrupted: tuple[Path, dict[str, Tensor]], tmp_path: Path, step: int
+) -> None:
+    folder, expected = uninterrupted
+    trainer = closed(tmp_path)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    state = trainer.model.state_dict()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+def test_one_fine_tuning_gives_many_sizes(tmp_path: Path) -> None:
+    trainer = closed(tmp_path, save_posterior=True)
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{CUTS[0]}"]
+    smaller = closed(tmp_path / "smaller", target_speedup=2 * TARGET)
+    smaller.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{CUTS[0]}"))
+    assert speedup(smaller.model) >= 2 * TARGET
+    alone = closed(tmp_path / "alone", target_speedup=2 * TARGET)
+    alone.train()
+    state = alone.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in smaller.model.state_dict().items())
