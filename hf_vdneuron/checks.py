@@ -77,18 +77,24 @@ def require_one_process_per_device(args: VDTrainingArguments) -> None:
         )
 
 
-def require_supported_sharding(plugin: FullyShardedDataParallelPlugin | None) -> None:
+def require_supported_sharding(plugin: FullyShardedDataParallelPlugin | None, *, has_tolerance: bool = False) -> None:
     """Refuse fully sharded data parallelism in ways that lose a posterior, its prior or its noise.
 
     Args:
         plugin: What accelerate knows of it, None without it.
+        has_tolerance: Whether the run goes back to an earlier model where a tolerance is passed.
 
     Raises:
-        ValueError: If it is of version 1, one process is to load the model for all, it checkpoints activations, or it
-            casts parameters to fewer digits than float32.
+        ValueError: If it is of version 1, one process is to load the model for all, it checkpoints activations, it
+            casts parameters to fewer digits than float32, or the run has a tolerance.
     """
     if plugin is None:
         return
+    if has_tolerance:
+        raise ValueError(
+            "A tolerance goes back to a whole model where it is passed, and FSDP holds none: expected plain data "
+            "parallelism or one process. Ask for a target instead."
+        )
     if plugin.fsdp_version != SUPPORTED_FSDP_VERSION:
         raise ValueError(
             f"FSDP of version {plugin.fsdp_version} makes one vector of many weights: expected version 2, which keeps "

@@ -47,7 +47,7 @@ class FittingTrainer(ResumableTrainer):
         data = cast(Any, self.train_dataset)
         if isinstance(data, Sized):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-            data = Subset(data, order[:NUM_EXAMPLES].tolist())
+            data = Subset(cast(Any, data), order[:NUM_EXAMPLES].tolist())
         else:
             data = list(islice(data, NUM_EXAMPLES))
         for batch in self.get_eval_dataloader(data):

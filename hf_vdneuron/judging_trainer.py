@@ -2,28 +2,28 @@
 """A Trainer that scores its model where a run turns, and every size of it that a tolerance may choose."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from hf_vdneuron.fitting_trainer import FittingTrainer
 from hf_vdneuron.masks import RelevanceMask, read_mask
-from hf_vdneuron.tolerance import (
-    CHOSEN_SPEEDUP,
-    CUT_SPEEDUP,
-    CUT_VALUE,
-    DENSE_VALUE,
-    LIMIT,
-    ToleranceCallback,
-    last_logged,
-    smallest_cut,
-)
+from hf_vdneuron.precision import leave_mixed_precision_
+from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.tolerance import DENSE_VALUE, ToleranceCallback, last_logged
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = ["JudgingTrainer"]
+
+#: Folder for the sizes that a tolerance has found good enough.
+SIZES_FOLDER = "sizes"
 
 #: Data of an evaluation: one set, several by name, or none.
 EvalData = Dataset[Any] | dict[str, Dataset[Any]] | None
@@ -64,8 +64,26 @@ class JudgingTrainer(FittingTrainer):
                 f"`{self.args.goal}` is asked for, and there is nothing to judge by: pass an `eval_dataset`."
             )
         self.add_callback(
-            ToleranceCallback(self._judge, self._dense_value, lambda name, value: self.log({name: value}))
+            ToleranceCallback(
+                self._keepsake,
+                self.max_length,
+                judge=self._judge,
+                dense=self._dense_value,
+                fit=self._posterior,
+                log=self.log,
+                on_size=self._save_size,
+            )
         )
+
+    def _save_size(self, speedup: float) -> None:
+        """Save a size that is good enough as the model that it would be, if it was asked for."""
+        if not (self.args.save_sizes and self.args.should_save):
+            return
+        folder = Path(str(self.args.output_dir), SIZES_FOLDER, f"{speedup:.2f}x")
+        copy = leave_mixed_precision_(deepcopy(self.model))
+        cast(PreTrainedModel, prune_model_(copy)).save_pretrained(folder)
+        if self.processing_class is not None:
+            cast(Any, self.processing_class).save_pretrained(folder)
 
     def _dense_value(self) -> float | None:
         """Look up what the dense model was judged by the metric of the tolerance, None if it was not."""
@@ -75,22 +93,16 @@ class JudgingTrainer(FittingTrainer):
         is_same = self.choice_dataset is self.eval_dataset and not isinstance(self.eval_dataset, dict)
         return self.milestone(f"dense_{metric}") if judged is None and is_same else judged
 
-    def _choose(self, share: float = 1.0, *, log: bool = True) -> RelevanceMask:
-        """Decide what a posterior keeps of what is left, and log every size that a tolerance has looked at."""
+    def _posterior(self) -> nn.Module:
+        """Return the model with the posterior that the run has trained, or a copy with one in closed form."""
         is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
-        posterior = self.model if is_trained else self.fit_posterior()
-        tolerance, dense = self.args.tolerance, self._dense_value()
-        if tolerance is None or dense is None:
-            kept = self._steering.mask(posterior, self.args, share=share)
-            # Every process has to remove the same.
-            return cast(RelevanceMask, broadcast_object_list([kept])[0]) & read_mask(self.model)
-        chosen, cuts = smallest_cut(self.model, posterior, tolerance, dense, self._judge, length=self.max_length)
-        if log:
-            for cut in cuts:
-                self.log({CUT_SPEEDUP: cut.speedup, CUT_VALUE: cut.value})
-            limit, speedup = tolerance.limit(dense), chosen.speedup if chosen else 1.0
-            self.log({DENSE_VALUE: dense, LIMIT: limit, CHOSEN_SPEEDUP: speedup})
-        return chosen.mask if chosen else read_mask(self.model)
+        return self.model if is_trained else self.fit_posterior()
+
+    def _choose(self, share: float = 1.0) -> RelevanceMask:
+        """Decide what a posterior keeps of what is left, at a share of the way to a target."""
+        kept = self._steering.mask(self._posterior(), self.args, share=share)
+        # Every process has to remove the same.
+        return cast(RelevanceMask, broadcast_object_list([kept])[0]) & read_mask(self.model)
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""

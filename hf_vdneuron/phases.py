@@ -34,6 +34,8 @@ class PhaseCallback(TrainerCallback):
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
         choose: Function `(share) -> mask` that says what the posterior keeps at this share of the way to a target.
 
+    A tolerance cuts by a callback of its own.
+
     Attributes:
         is_cut: Whether this run has masked all that is irrelevant.
     """
@@ -92,7 +94,7 @@ class PhaseCallback(TrainerCallback):
             if plan.sparsify_steps:
                 reset_variational_(run["optimizer"])
                 self.steering.look_(model, plan, step=step)
-        if args.removes and (share := cut_path(plan).get(step)) is not None:
+        if args.removes and args.tolerance is None and (share := cut_path(plan).get(step)) is not None:
             self._cut_(model, share)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
         set_variational_(model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
@@ -144,7 +146,8 @@ class PhaseCallback(TrainerCallback):
         if args.removes and has_posterior and not self.is_cut:
             if step == plan.sparsify_start:
                 self.score("dense")
-            self._cut_(model, 1.0)
+            if args.tolerance is None:
+                self._cut_(model, 1.0)
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
     def _cut_(self, model: nn.Module, share: float) -> None:

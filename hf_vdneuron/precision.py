@@ -4,10 +4,10 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-__all__ = ["at_least_float32", "with_range_of_float32"]
+__all__ = ["at_least_float32", "leave_mixed_precision_", "with_range_of_float32"]
 
 
 def at_least_float32(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -54,3 +54,17 @@ def with_range_of_float32(dtype: torch.dtype) -> torch.dtype:
     """
     reaches = torch.finfo(dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal
     return dtype if reaches else torch.float32
+
+
+def leave_mixed_precision_(model: nn.Module) -> nn.Module:
+    """Take the autocasting `forward` off that accelerate puts on a model in mixed precision, where it would stay.
+
+    Args:
+        model: A model, in place.
+
+    Returns:
+        The same model, with the `forward` of its class.
+    """
+    if model.__dict__.pop("_original_forward", None) is not None:
+        del model.forward
+    return model

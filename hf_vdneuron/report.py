@@ -134,15 +134,15 @@ class DropoutRateReport:
 
 @dataclass(frozen=True)
 class SizesReport:
-    """What cuts of many sizes from one posterior are worth, where a tolerance chose among them.
+    """What sizes a run with a tolerance came through on its way down, and which it chose.
 
     Args:
         metric: Name of the metric they were judged by, on the rows that choices are made on.
         dense: The dense model's.
         limit: The worst that was allowed.
-        speedups: Dense over kept multiply-accumulates of each cut, not falling.
-        values: Its metric, before any recovery.
-        chosen: Index of the cut that was made, None if none was good enough.
+        speedups: Dense over kept multiply-accumulates of each size, not falling.
+        values: Its metric when it was judged, after its share of the recovery.
+        chosen: Index of the size that was chosen, None if none was good enough.
         final: Metric of what the run ended with.
     """
 

@@ -19,6 +19,7 @@ from hf_vdneuron.checkpoints import (
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.distillation import Teacher
 from hf_vdneuron.hub_trainer import HubTrainer
+from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.sharding import is_sharded
 from hf_vdneuron.steering import Steering
 
@@ -30,7 +31,7 @@ Trial = object
 
 
 class ResumableTrainer(HubTrainer):
-    """Saves teacher and steering with every checkpoint, and how the model was patched with every model.
+    """Saves teacher, steering and keepsake with every checkpoint, and how the model was patched with every model.
 
     Attributes:
         vd_config: How the trainer patched its model; None if it came patched.
@@ -40,6 +41,7 @@ class ResumableTrainer(HubTrainer):
     vd_config: VDConfig | None
     _teacher: Teacher
     _steering: Steering
+    _keepsake: Keepsake
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, trial: Trial | None = None, **kwargs: Any
@@ -93,6 +95,7 @@ class ResumableTrainer(HubTrainer):
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             checkpoint = open_checkpoint(Path(self._get_output_dir(trial)) / name)
             self._teacher.save(checkpoint)
+            self._keepsake.save(checkpoint)
             save_steering(self._steering.state(), checkpoint)
         super()._save_checkpoint(model, trial)
 
@@ -100,4 +103,5 @@ class ResumableTrainer(HubTrainer):
         """Take back what the run had beside its weights."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._teacher.load_(resume_from_checkpoint, self.model)
+        self._keepsake.load_(resume_from_checkpoint)
         self._steering.load_(load_steering(resume_from_checkpoint))

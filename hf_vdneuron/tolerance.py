@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As small as it gets while a metric holds: cuts of many sizes from one posterior, and the smallest that will do."""
+"""As small as it gets while a metric holds: cut a little, train, judge; and go back to the last that would do."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from hf_vdneuron.budget import Costs, cost_ratio, irremovable_units, keep_within, unit_counts
+from hf_vdneuron.budget import Budget, Costs, cost_ratio, irremovable_units, keep_within, unit_counts
 from hf_vdneuron.judgement import Tolerance
+from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.relevance import unit_relevance
-from hf_vdneuron.targets import speedup_budget
+from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -24,121 +24,98 @@ __all__ = [
     "DENSE_VALUE",
     "FINAL_VALUE",
     "LIMIT",
-    "Cut",
     "ToleranceCallback",
     "last_logged",
-    "smallest_cut",
+    "rungs_at",
+    "size_mask",
 ]
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Shares of what heads and neurons cost that the first cuts leave: evenly, and two small ones.
+#: Shares of what heads and neurons cost that are left at each rung: evenly down, and two small ones.
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
-#: How often the gap between the smallest cut that will do and the next smaller one is halved. Three times, and a step
-#: of the ladder is down to an eightieth of what can be removed.
-HALVINGS = 3
-
+#: Share of the recovery in which the ladder is walked down; what is chosen trains on in the rest.
+WALKING_SHARE = 2 / 3
 
 #: What a run logs under these names: the metric of the dense model, with the metric's own name behind it; that of each
-#: cut beside its speed-up; that of the dense model and the worst that was allowed beside the speed-up that was chosen,
-#: 1 if none was good enough; and the metric of what the run ends with.
+#: size beside its speed-up; that of the dense model and the worst that was allowed beside the speed-up that was
+#: chosen, 1 if none was good enough; and the metric of what the run ends with.
 DENSE_VALUE, CUT_VALUE, CUT_SPEEDUP = "size_dense", "size_value", "size_speedup"
 LIMIT, CHOSEN_SPEEDUP, FINAL_VALUE = "size_limit", "size_chosen", "size_final"
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A size that was tried.
+def rungs_at(plan: PhasePlan, step: int) -> list[int]:
+    """List the rungs that a run comes to before an optimizer step.
 
     Args:
-        share_left: Share that it leaves of what can be removed, by multiply-accumulates.
-        speedup: Dense over kept multiply-accumulates of heads and neurons.
-        value: Its metric right after the cut.
-        mask: What it keeps.
+        plan: Phases of the run.
+        step: Steps done.
+
+    Returns:
+        Indices into the ladder, in order; the one past its end judges the last rung. Several where the recovery has
+        fewer steps than the ladder rungs.
+
+    Example:
+        >>> plan = PhasePlan(30, 0, 150)
+        >>> rungs_at(plan, 30), rungs_at(plan, 40), rungs_at(plan, 41), rungs_at(plan, 130)
+        ([0], [1], [], [10])
     """
-
-    share_left: float
-    speedup: float
-    value: float
-    mask: RelevanceMask
+    every = WALKING_SHARE * plan.recover_steps / len(LADDER)
+    return [rung for rung in range(len(LADDER) + 1) if plan.recover_start + round(rung * every) == step]
 
 
-def smallest_cut(
-    model: nn.Module,
-    posterior: nn.Module,
-    tolerance: Tolerance,
-    dense: float,
-    judge: Callable[[], float],
-    *,
-    length: int,
-) -> tuple[Cut | None, list[Cut]]:
-    """Cut a posterior at many sizes, and keep the smallest that a tolerance allows.
-
-    Every cut ranks units by their relevance per cost, so that a smaller one keeps part of what a larger one does, but
-    for single units.
+def size_mask(model: nn.Module, posterior: nn.Module, share_left: float, *, length: int) -> RelevanceMask:
+    """Choose what a size keeps of what is left of a model.
 
     Args:
-        model: A patched model; in the end it carries the mask that it had.
-        posterior: The model with the posterior that says what matters, which may be the same.
-        tolerance: How much worse than the dense model it may be.
-        dense: The dense model's metric.
-        judge: Function that evaluates the model as it is and returns the metric.
+        model: A patched model.
+        posterior: A copy of it, or itself, with the posterior that says what matters.
+        share_left: Share to leave of what the complete model could lose, by multiply-accumulates, in `[0, 1]`.
         length: Tokens of a sequence for which costs are counted.
 
     Returns:
-        The cut that was chosen, None if none will do, and all that were tried, the largest first.
+        The mask.
     """
     before, costs = read_mask(model), Costs(model, length=length)
-    # Of the model as it is now: a masked one finds what is masked irrelevant.
     relevance = unit_relevance(posterior)
-    fixed = costs.macs(irremovable_units(relevance))
-    full, present = costs.macs({}), costs.macs(unit_counts(costs.sublayers, before))
-    cuts: list[Cut] = []
-    while (share := _next_share(cuts, tolerance, dense)) is not None:
-        budget = speedup_budget(costs, cost_ratio(full, fixed + share * (present - fixed)))
-        mask = keep_within(costs.sublayers, relevance, budget) & before
-        mask_model_(model, mask)
-        speedup = cost_ratio(full, costs.macs(unit_counts(costs.sublayers, mask)))
-        cuts.append(Cut(share, speedup, judge(), mask))
-    mask_model_(model, before)
-    good = [cut for cut in cuts if tolerance.allows(cut.value, dense)]
-    if not good:
-        _LOGGER.warning(
-            f"No cut keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, so "
-            "nothing is removed: allow more, or sparsify for longer."
-        )
-    chosen = min(good, key=lambda cut: cut.share_left, default=None)
-    return chosen, sorted(cuts, key=lambda cut: -cut.share_left)
-
-
-def _next_share(cuts: list[Cut], tolerance: Tolerance, dense: float) -> float | None:
-    """Walk down the ladder, then halve the gap below the smallest cut that will do; None when that is done."""
-    if len(cuts) < len(LADDER):
-        return LADDER[len(cuts)]
-    if len(cuts) == len(LADDER) + HALVINGS:
-        return None
-    # The complete model will do.
-    smallest = min((cut.share_left for cut in cuts if tolerance.allows(cut.value, dense)), default=1.0)
-    below = max((cut.share_left for cut in cuts if cut.share_left < smallest), default=0.0)
-    return (below + smallest) / 2
+    fixed, full = costs.macs(irremovable_units(relevance)), costs.macs({})
+    limit = fixed + share_left * (full - fixed)
+    budget = Budget("share_left", share_left, costs.macs, limit, lambda cost: (cost - fixed) / (full - fixed))
+    return keep_within(costs.sublayers, relevance, budget) & before
 
 
 class ToleranceCallback(TrainerCallback):
-    """Judges the dense model, and the one that a run ends with.
+    """Walks down the ladder of sizes: cut, train, judge, and on as long as it is good enough.
 
     Args:
+        keepsake: Holds the smallest model that was good enough.
+        length: Tokens of a sequence for which costs are counted.
         judge: Function that evaluates the model as it is and returns the metric.
         dense: Function that looks up what the dense model was judged by it, None if it was not.
-        log: Function that logs a metric of the model under a name.
+        fit: Function that returns the model with its posterior.
+        log: Function that logs metrics of the model.
+        on_size: Function `(speedup) -> None` that is told of every size that is good enough, while the model has it.
     """
 
     def __init__(
-        self, judge: Callable[[], float], dense: Callable[[], float | None], log: Callable[[str, float], None]
+        self,
+        keepsake: Keepsake,
+        length: int,
+        *,
+        judge: Callable[[], float],
+        dense: Callable[[], float | None],
+        fit: Callable[[], nn.Module],
+        log: Callable[[dict[str, float]], None],
+        on_size: Callable[[float], None],
     ) -> None:
+        self.keepsake = keepsake
+        self.length = length
         self.judge = judge
         self.dense = dense
+        self.fit = fit
         self.log = log
+        self.on_size = on_size
 
     def on_train_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
         """Try the judge: nobody should pay for fine-tuning to hear that there is no such metric.
@@ -153,8 +130,10 @@ class ToleranceCallback(TrainerCallback):
                 model was.
         """
         start = args.phase_plan(state.max_steps).sparsify_start
-        if state.global_step == 0 and start > 0:
-            self.judge()
+        if state.global_step == 0:
+            self.keepsake.forget_()
+            if start > 0:
+                self.judge()
         if state.global_step > start and self.dense() is None:
             raise ValueError(
                 f"The checkpoint of step {state.global_step} does not say how good the dense model was, against "
@@ -163,37 +142,101 @@ class ToleranceCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Judge the dense model at the start of the sparsification, unless it was just scored on the same rows.
+        """Keep the dense model at the start of the sparsification, and climb down where a rung is.
 
         Args:
             args: Arguments of the run.
             state: Where it stands.
-            **run: Not used.
+            **run: Model and optimizer.
         """
-        tolerance = args.tolerance
-        is_start = state.global_step == args.phase_plan(state.max_steps).sparsify_start
-        if tolerance is not None and is_start and self.dense() is None:
-            self.log(f"{DENSE_VALUE}_{tolerance.metric}", self.judge())
+        plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
+        if step == plan.sparsify_start:
+            self._keep_dense_(model, args)
+        for rung in rungs_at(plan, step):
+            self._climb_(model, args, rung)
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Judge what is left, after recovery.
+        """Climb down where no step of recovery did, and hand back what was good enough if what is left is not.
 
         Args:
             args: Arguments of the run.
             state: Where it stands.
-            **run: Not used.
+            **run: Model and optimizer.
         """
-        dense = self.dense()
-        if dense is None or args.tolerance is None:
+        plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
+        if step < plan.sparsify_start + min(1, plan.sparsify_steps):
             return
+        if not self.keepsake.state:
+            self._keep_dense_(model, args)
+        # A run that was stopped on its way has a size to be judged; one that has not set out has them all.
+        is_on_the_way = plan.recover_start < step
+        for rung in range(len(LADDER), len(LADDER) + 1) if is_on_the_way else range(len(LADDER) + 1):
+            self._climb_(model, args, rung)
+        tolerance, dense = self._terms(args)
         final = self.judge()
-        self.log(FINAL_VALUE, final)
-        if not args.tolerance.allows(final, dense):
+        if not tolerance.allows(final, dense):
             _LOGGER.warning(
-                f"`{args.tolerance.metric}` is {final:.4g} in the end, and {args.tolerance.limit(dense):.4g} is the "
-                f"worst that `{args.goal}` allows, as the dense model's is {dense:.4g}: recover for longer or at a "
-                "lower `learning_rate`, or allow less."
+                f"`{tolerance.metric}` fell to {final:.4g} while what was chosen trained on, and "
+                f"{tolerance.limit(dense):.4g} is the worst that `{args.goal}` allows: the model is as it was when it "
+                f"was chosen, with {self.keepsake.value:.4g}. A lower `learning_rate` may do better."
             )
+            self.keepsake.give_back_(model)
+            final = self.keepsake.value
+        self.log({FINAL_VALUE: final})
+
+    def _terms(self, args: VDTrainingArguments) -> tuple[Tolerance, float]:
+        tolerance, dense = args.tolerance, self.dense()
+        if tolerance is None or dense is None:
+            raise RuntimeError(
+                "There is nothing to judge a size against: expected a tolerance and a dense model's metric."
+            )
+        return tolerance, dense
+
+    def _keep_dense_(self, model: nn.Module, args: VDTrainingArguments) -> None:
+        """Judge the dense model, unless it was just scored on the same rows."""
+        dense = self.dense()
+        if dense is None and args.tolerance is not None:
+            dense = self.judge()
+            self.log({f"{DENSE_VALUE}_{args.tolerance.metric}": dense})
+        self.keepsake.take_(model, dense or 0.0, self._speedup(model))
+
+    def _climb_(self, model: nn.Module, args: VDTrainingArguments, rung: int) -> None:
+        """Judge the rung that the model stands on, and cut it down to the next, unless the walk has ended."""
+        if self.keepsake.is_final:
+            return
+        if not self.keepsake.state:  # a posterior that a run with a target has saved
+            self.keepsake.take_(model, self.judge(), self._speedup(model))
+        if rung > 0 and not self._is_good_enough_(model, args):
+            self.keepsake.give_back_(model)
+            self._end_(args)
+        elif rung == len(LADDER):
+            self._end_(args)
+        else:
+            mask_model_(model, size_mask(model, self.fit(), LADDER[rung], length=self.length))
+
+    def _is_good_enough_(self, model: nn.Module, args: VDTrainingArguments) -> bool:
+        tolerance, dense = self._terms(args)
+        value, speedup = self.judge(), self._speedup(model)
+        self.log({CUT_SPEEDUP: speedup, CUT_VALUE: value})
+        if not tolerance.allows(value, dense):
+            return False
+        self.keepsake.take_(model, value, speedup)
+        self.on_size(speedup)
+        return True
+
+    def _end_(self, args: VDTrainingArguments) -> None:
+        tolerance, dense = self._terms(args)
+        self.keepsake.is_final = True
+        self.log({DENSE_VALUE: dense, LIMIT: tolerance.limit(dense), CHOSEN_SPEEDUP: self.keepsake.speedup})
+        if self.keepsake.speedup == 1:
+            _LOGGER.warning(
+                f"No size keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, "
+                "so nothing is removed: allow more, or recover for longer."
+            )
+
+    def _speedup(self, model: nn.Module) -> float:
+        costs = Costs(model, length=self.length)
+        return cost_ratio(costs.macs({}), costs.macs(unit_counts(costs.sublayers, read_mask(model))))
 
 
 def last_logged(state: TrainerState, name: str) -> float | None:

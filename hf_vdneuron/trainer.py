@@ -29,12 +29,14 @@ from hf_vdneuron.distillation import (
 )
 from hf_vdneuron.elbo import kl_divergence, variational_layers, variational_parameters
 from hf_vdneuron.judging_trainer import JudgingTrainer
+from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.loss_scaling import honours_num_items
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.monitoring import RunningMeans, structure_logs
 from hf_vdneuron.optimization import phase_scheduler, split_variational_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.phases import PhaseCallback
+from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
 from hf_vdneuron.resumable_trainer import Trial
@@ -99,11 +101,13 @@ class VDTrainer(JudgingTrainer):
         self._means = RunningMeans()
         self._honours_num_items: bool | None = None
         self._steering = Steering(max_length, lambda: self.num_data)
+        self._keepsake = Keepsake()
         self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score, self._choose)
         if model is not None:
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
-        require_supported_sharding(getattr(self.accelerator.state, "fsdp_plugin", None))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        require_supported_sharding(plugin, has_tolerance=args.tolerance is not None)
         if teacher is not None:
             teacher.to(args.device).requires_grad_(False).eval()
         self.add_callback(self._phases)
@@ -311,8 +315,9 @@ class VDTrainer(JudgingTrainer):
         Returns:
             The mask that `prune()` would apply now.
         """
-        if self._is_to_be_cut:
-            return self._choose(log=False)
+        # A tolerance cuts where it judges.
+        if self._is_to_be_cut and self.args.tolerance is None:
+            return self._choose()
         return read_mask(self.model)
 
     @property
@@ -337,9 +342,7 @@ class VDTrainer(JudgingTrainer):
         # A run that asks for nothing has nothing to decide.
         first = plan.sparsify_start + min(1, plan.sparsify_steps) if self.args.removes else 1
         require_decision(self.model, has_decided=self.state.max_steps > 0 and step >= first, step=step)
-        # In mixed precision accelerate puts an autocasting `forward` on the model, where it would stay for good.
-        if vars(self.model).pop("_original_forward", None) is not None:
-            del self.model.forward
+        leave_mixed_precision_(self.model)
         mask = self.mask()
         if is_sharded(self.model):
             self.model = self.callback_handler.model = cast(PreTrainedModel, dense_copy(self.model))

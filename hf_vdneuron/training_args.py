@@ -109,7 +109,8 @@ class VDTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "How much worse than the dense model's `metric_for_best_model` may be on the evaluation set, in "
-            "its own units (0.01 is a point of accuracy): of cuts of many sizes, the smallest within it is kept."
+            "its own units (0.01 is a point of accuracy): the model is cut and trained down a ladder of sizes, and "
+            "the smallest within it is kept."
         },
     )
     max_loss_increase: float | None = field(
@@ -199,6 +200,12 @@ class VDTrainingArguments(TrainingArguments):
             "from it with another target or tolerance arrives at another size, and only has to recover."
         },
     )
+    save_sizes: bool = field(
+        default=False,
+        metadata={
+            "help": "Save every size that a tolerance finds good enough as a model of its own, in `output_dir`/sizes."
+        },
+    )
     num_data: int | None = field(
         default=None,
         metadata={
@@ -262,6 +269,11 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
                 "away again: expected neither."
+            )
+        if self.save_sizes and self._tolerance is None:
+            raise ValueError(
+                "`save_sizes` is set, but there is no tolerance that looks at several sizes: set `max_metric_drop` or "
+                "`max_loss_increase`, or leave it out."
             )
         if self.save_posterior and not self.removes:
             raise ValueError("`save_posterior` is set, but `sparsify_fraction` is 0: there is no posterior to save.")

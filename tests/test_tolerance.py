@@ -1,6 +1,6 @@
 """As small as it gets within a tolerance: against a search over every size, and in whole runs."""
 
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,28 @@ import pytest
 import torch
 from models import tiny_model
 from runs import PRUNING, make_trainer, rows, tiny_bert
+from test_phases import StopAt
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from hf_vdneuron.budget import speedup
+from hf_vdneuron.budget import Costs, speedup, unit_counts
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.judgement import Tolerance
-from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.keepsake import Keepsake
+from hf_vdneuron.masks import mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
-from hf_vdneuron.tolerance import CUT_VALUE, DENSE_VALUE, FINAL_VALUE, HALVINGS, LADDER, smallest_cut
+from hf_vdneuron.persistence import from_pretrained
+from hf_vdneuron.schedules import PhasePlan
+from hf_vdneuron.tolerance import (
+    CHOSEN_SPEEDUP,
+    CUT_SPEEDUP,
+    CUT_VALUE,
+    DENSE_VALUE,
+    FINAL_VALUE,
+    LADDER,
+    rungs_at,
+    size_mask,
+)
 from hf_vdneuron.trainer import VDTrainer
 
 
@@ -35,62 +48,62 @@ def posterior(seed: int = 0) -> nn.Module:
     return model
 
 
-def share_kept(model: nn.Module) -> float:
-    """Share of the heads and neurons that the masks keep."""
-    kept = torch.cat([keep.all(0) for keep in read_mask(model).keep.values()])
-    return kept.float().mean().item()
-
-
-@pytest.mark.parametrize("threshold", [0.15, 0.5, 0.62, 0.93, 0.985], ids=lambda share: f"good above {share:g}")
-def test_the_smallest_good_cut_is_found(threshold: float) -> None:
-    """Score 1 down to a size and 0 below it: what is found lies within a halved step above that size."""
+@pytest.mark.parametrize("share_left", LADDER)
+def test_a_size_costs_what_it_says(share_left: float) -> None:
     model = posterior()
-    seen: list[float] = []
-
-    def judge() -> float:
-        seen.append(share_kept(model))
-        return float(seen[-1] >= threshold)
-
-    chosen, cuts = smallest_cut(model, model, BY_SCORE, 1.0, judge, length=LENGTH)
-    assert min(seen) < threshold
-    assert chosen is [cut for cut in cuts if cut.value == 1][-1]
-    mask_model_(model, chosen.mask)
-    assert share_kept(model) == min(share for share in seen if share >= threshold)
-    bad = max((cut.share_left for cut in cuts if cut.value == 0), default=0.0)
-    assert chosen.share_left - bad <= 0.1 / 2**HALVINGS + 1e-9
+    costs = Costs(model, length=LENGTH)
+    kept = costs.macs(unit_counts(costs.sublayers, size_mask(model, model, share_left, length=LENGTH)))
+    unit = max(costs.macs({}) - costs.macs({part.path: part.num_units - 1}) for part in costs.sublayers)
+    assert share_left * costs.macs({}) - unit <= kept <= share_left * costs.macs({})
 
 
-def test_cuts_are_nested_sizes_of_one_posterior() -> None:
+def test_sizes_are_nested() -> None:
     model = posterior()
-    _, cuts = smallest_cut(model, model, BY_SCORE, 1.0, lambda: 1.0, length=LENGTH)
-    assert [cut.share_left for cut in cuts[: len(LADDER)]] == list(LADDER)
-    assert len(cuts) == len(LADDER) + HALVINGS
-    assert all(before.speedup <= after.speedup for before, after in pairwise(cuts))
-    for cut in cuts:
-        assert cut.speedup == pytest.approx(speedup(model, cut.mask, length=LENGTH))
-        assert 1 / cut.speedup <= cut.share_left + 1e-9
-    for larger, smaller in pairwise(cuts):
-        kept = [(larger.mask.keep[path].all(0), keep.all(0)) for path, keep in smaller.mask.keep.items()]
-        # But for the units that fill up what is left of a budget.
-        assert sum(int((small & ~large).sum()) for large, small in kept) <= 2
+    for share in LADDER:
+        before = read_mask(model).keep
+        mask_model_(model, size_mask(model, model, share, length=LENGTH))
+        assert not any((keep & ~before[path]).any() for path, keep in read_mask(model).keep.items())
 
 
-def test_the_model_carries_the_mask_that_it_had() -> None:
+def test_a_size_is_that_of_the_posterior_and_not_of_the_model() -> None:
+    first, second = (size_mask(posterior(), posterior(seed), 0.5, length=LENGTH).keep for seed in (1, 2))
+    assert any(not torch.equal(keep, second[path]) for path, keep in first.items())
+
+
+@pytest.mark.parametrize(
+    ("recover_steps", "expected"),
+    [
+        pytest.param(150, {30 + 10 * rung: [rung] for rung in range(11)}, id="ten steps each"),
+        pytest.param(5, {30: [0, 1], 31: [2, 3, 4], 32: [5, 6, 7], 33: [8, 9, 10]}, id="fewer steps than rungs"),
+        pytest.param(0, {30: [*range(11)]}, id="no step"),
+    ],
+)
+def test_when_rungs_are_climbed(recover_steps: int, expected: dict[int, list[int]]) -> None:
+    plan = PhasePlan(20, 10, recover_steps)
+    found = {step: rungs for step in range(200) if (rungs := rungs_at(plan, step))}
+    assert found == expected
+    assert [rung for rungs in found.values() for rung in rungs] == [*range(len(LADDER) + 1)]
+
+
+def test_a_keepsake_is_the_model_that_was_kept(tmp_path: Path) -> None:
     model = posterior()
-    path, keep = next(iter(read_mask(model).keep.items()))
-    keep[:, 0] = False
-    mask_model_(model, RelevanceMask({path: keep}))
-    _, cuts = smallest_cut(model, model, BY_SCORE, 1.0, lambda: 1.0, length=LENGTH)
-    assert torch.equal(read_mask(model).keep[path], keep)
-    assert all(not cut.mask.keep[path].all(0)[0] for cut in cuts)
-
-
-def test_without_a_good_cut_all_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    model = posterior()
-    chosen, cuts = smallest_cut(model, model, BY_LOSS, 1.0, lambda: 1.2, length=LENGTH)
-    assert chosen is None
-    assert max(cut.share_left for cut in cuts) > LADDER[0]
-    assert "nothing is removed" in caplog.text
+    mask_model_(model, size_mask(model, model, 0.5, length=LENGTH))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Keepsake().save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    keepsake, loaded = Keepsake(), Keepsake()
+    keepsake.take_(model, 0.75, 1.9)
+    keepsake.is_final = True
+    keepsake.save(tmp_path)
+    with torch.no_grad():
+        for value in model.state_dict(keep_vars=True).values():
+            value.zero_()
+    loaded.load_(tmp_path)
+    assert (loaded.value, loaded.speedup, loaded.is_final) == (0.75, 1.9, True)
+    loaded.give_back_(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loaded.load_(tmp_path / "elsewhere")
+    assert loaded == Keepsake()
 
 
 @pytest.mark.parametrize(
@@ -121,54 +134,158 @@ def judged(tmp_path: Path, **options: Any) -> VDTrainer:
     return make_trainer(tmp_path, trainer_options=given, **options)
 
 
+#: A step for each rung, and five more; the posterior in closed form or trained.
+WALK = {"max_steps": 18, "finetune_fraction": 3.0, "recover_fraction": 15.0}
+POSTERIORS = pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({**WALK, "sparsify_fraction": 0.0}, id="in closed form"),
+        pytest.param({**WALK, **PRUNING, "max_steps": 21, "sparsify_fraction": 3.0}, id="trained"),
+    ],
+)
+
+
+def play_(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> Iterator[float]:
+    """Let the evaluation say so, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr(VDTrainer, "_judge", lambda self: next(left))
+    return left
+
+
+def logged(trainer: VDTrainer, name: str) -> list[float]:
+    return [logs[name] for logs in trainer.state.log_history if name in logs]
+
+
+@POSTERIORS
+@pytest.mark.parametrize("num_good", [0, 1, 4, 10])
+def test_the_smallest_good_size_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], num_good: int
+) -> None:
+    # Before fine-tuning; each rung, until one is bad; the end. The dense model was scored on these rows already.
+    bad = [9.0] if num_good < len(LADDER) else []
+    left = play_(monkeypatch, [0.0, *[0.5] * num_good, *bad, 0.5])
+    trainer = judged(tmp_path, max_loss_increase=1.0, **how)
+    trainer.train()
+    assert next(left, None) is None
+    speedups = logged(trainer, CUT_SPEEDUP)
+    assert logged(trainer, CUT_VALUE) == [0.5] * num_good + bad
+    assert speedups == sorted(speedups)
+    assert all(1 / speedup <= share + 1e-9 for speedup, share in zip(speedups, LADDER, strict=False))
+    chosen = speedups[num_good - 1] if num_good else 1.0
+    assert logged(trainer, CHOSEN_SPEEDUP) == [chosen]
+    assert logged(trainer, FINAL_VALUE) == [0.5]
+    assert speedup(trainer.model, read_mask(trainer.model), length=trainer.max_length) == chosen
+
+
+@POSTERIORS
+def test_what_is_chosen_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
+    play_(monkeypatch, [0.0, 0.5, 0.5, 9.0, 0.5])
+    trainer = judged(tmp_path, max_loss_increase=1.0, **how)
+    kept: dict[str, Tensor] = {}
+    give_back_ = Keepsake.give_back_
+    monkeypatch.setattr(Keepsake, "give_back_", lambda self, model: kept.update(self.state) or give_back_(self, model))
+    trainer.train()
+    state = trainer.model.state_dict()
+    assert any(not torch.equal(state[name], value) for name, value in kept.items())
+    assert all(torch.equal(state[name], value) for name, value in kept.items() if ".keep_" in name)
+
+
+@POSTERIORS
+@pytest.mark.parametrize("num_good", [0, 2])
+def test_what_is_handed_back_was_good_enough(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, Any],
+    num_good: int,
+) -> None:
+    """A run that ends worse is as it was when it was chosen; with nothing chosen, as it was fine-tuned."""
+    play_(monkeypatch, [0.0, *[0.5] * num_good, 9.0, 7.0])
+    trainer = judged(tmp_path, max_loss_increase=1.0, **how)
+    trainer.train()
+    monkeypatch.undo()
+    assert "`loss` fell to 7" in caplog.text
+    assert ("nothing is removed" in caplog.text) is (num_good == 0)
+    if num_good:
+        assert trainer.milestone(FINAL_VALUE) == 0.5
+    else:
+        dense = trainer.milestone("dense_loss")
+        assert trainer.milestone(FINAL_VALUE) == dense
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(dense, abs=1e-6)
+        teacher = trainer.teacher.state_dict()
+        dense_state = trainer.prune().state_dict()
+        assert all(torch.equal(value, teacher[name]) for name, value in dense_state.items())
+
+
+@POSTERIORS
 @pytest.mark.parametrize(
     "options",
     [{"max_metric_drop": 0.05, "metric_for_best_model": "accuracy"}, {"max_loss_increase": 0.02}],
     ids=["accuracy", "loss"],
 )
-def test_a_run_ends_with_the_smallest_that_was_good_enough(tmp_path: Path, options: dict[str, Any]) -> None:
-    trainer = judged(tmp_path, recover_fraction=0.0, **options)
+def test_a_run_ends_within_its_tolerance(tmp_path: Path, how: dict[str, Any], options: dict[str, Any]) -> None:
+    trainer = judged(tmp_path, **options, **how)
     trainer.train()
     tolerance, dense = trainer.args.tolerance, trainer.milestone(DENSE_VALUE)
-    values = [logs[CUT_VALUE] for logs in trainer.state.log_history if CUT_VALUE in logs]
-    assert len(values) >= len(LADDER)
     final = trainer.milestone(FINAL_VALUE)
     assert tolerance.allows(final, dense)
-    # Cuts are logged from the largest on.
-    good = [value for value in values if tolerance.allows(value, dense)]
-    assert final == (good[-1] if good else dense)
     trainer.prune()
-    metric = f"eval_{tolerance.metric}"
-    assert trainer.evaluate()[metric] == pytest.approx(final, abs=1e-5)
+    assert trainer.evaluate()[f"eval_{tolerance.metric}"] == pytest.approx(final, abs=1e-5)
 
 
-def test_a_run_that_ends_worse_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Before fine-tuning, every cut, and what is left after recovery. The dense model was scored on these rows already.
-    values = iter([1.0, *[1.0] * (len(LADDER) + HALVINGS), 3.0])
-    monkeypatch.setattr(VDTrainer, "_judge", lambda self: next(values))
-    trainer = judged(tmp_path, max_loss_increase=1.0)
+@POSTERIORS
+def test_without_recovery_every_size_is_judged_at_the_end(tmp_path: Path, how: dict[str, Any]) -> None:
+    trainer = judged(tmp_path, max_loss_increase=100.0, **{**how, "recover_fraction": 0.0})
     trainer.train()
-    assert next(values, None) is None
-    limit = trainer.milestone("dense_loss") + 1
-    assert f"`loss` is 3 in the end, and {limit:.4g} is the worst that `max_loss_increase 1` allows" in caplog.text
+    assert len(logged(trainer, CUT_VALUE)) == len(LADDER)
+    assert trainer.milestone(FINAL_VALUE) == logged(trainer, CUT_VALUE)[-1]
 
 
-def test_a_resumed_run_chooses_the_same(tmp_path: Path) -> None:
-    """Before, at and after the step at which it chooses."""
+@pytest.mark.parametrize("stop", [2, 3, 6, 15])
+def test_a_run_that_is_stopped_is_judged(tmp_path: Path, stop: int) -> None:
+    trainer = judged(tmp_path, max_loss_increase=100.0, sparsify_fraction=0.0, **WALK)
+    trainer.add_callback(StopAt(stop))
+    trainer.train()
+    now = speedup(trainer.model, read_mask(trainer.model), length=trainer.max_length)
+    if stop < 3:
+        assert now == 1
+        assert trainer.milestone(FINAL_VALUE) is None
+    else:
+        assert now == logged(trainer, CHOSEN_SPEEDUP)[-1] > 1
+        assert trainer.milestone(FINAL_VALUE) is not None
+
+
+@POSTERIORS
+def test_a_resumed_run_chooses_the_same(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Before, on and after the ladder."""
     folder = tmp_path / "whole"
 
     def run(output_dir: Path, resume_from: int | None = None) -> dict[str, Tensor]:
-        options = {"save_strategy": "steps", "save_steps": 1, "max_loss_increase": 0.02} | PRUNING
+        options = {"save_strategy": "steps", "save_steps": 1, "max_loss_increase": 0.005, **how}
         trainer = judged(output_dir, model=tiny_bert(dropout=0.1), **options)
         trainer.train(resume_from_checkpoint=resume_from and str(folder / f"checkpoint-{resume_from}"))
         return trainer.model.state_dict()
 
     expected = run(folder)
-    for step in (7, 8, 9):
+    assert any(not keep.all() for name, keep in expected.items() if ".keep_" in name)
+    last = how["max_steps"]
+    for step in (2, last - 15, last - 14, last - 12, last - 4):
         state = run(tmp_path / str(step), step)
         assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+def test_sizes_are_saved_as_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_(monkeypatch, [0.0, *[0.5] * 3, 9.0, 0.5])
+    trainer = judged(tmp_path, max_loss_increase=1.0, save_sizes=True, bf16=True, sparsify_fraction=0.0, **WALK)
+    trainer.train()
+    sizes = logged(trainer, CUT_SPEEDUP)[:3]
+    folders = sorted((tmp_path / "sizes").iterdir())
+    assert [folder.name for folder in folders] == [f"{size:.2f}x" for size in sizes]
+    dense = Costs(tiny_bert(), length=trainer.max_length).macs({})
+    for folder, size in zip(folders, sizes, strict=True):
+        model = from_pretrained(folder)
+        assert dense / Costs(model, length=trainer.max_length).macs({}) == pytest.approx(size)
+        assert model.dtype == torch.float32
 
 
 def test_a_posterior_is_cut_to_another_size_by_resuming(tmp_path: Path) -> None:
