@@ -158,10 +158,9 @@ class PlanCallback(TrainerCallback):
         """
         if state.is_world_process_zero:
             plan = args.phase_plan(state.max_steps)
-            print(
-                f"{plan.finetune_steps} steps of fine-tuning, {plan.sparsify_steps} of sparsification, "
-                f"{plan.recover_steps} of recovery"
-            )
+            is_closed = args.removes and plan.sparsify_steps == 0
+            posterior = "a posterior in closed form" if is_closed else f"{plan.sparsify_steps} of sparsification"
+            print(f"{plan.finetune_steps} steps of fine-tuning, {posterior}, {plan.recover_steps} of recovery")
 
 
 @dataclass(frozen=True)
