@@ -137,9 +137,18 @@ FSDP = (
 )
 
 
-def test_a_sharded_run_is_resumed_pruned_and_saved_whole(tmp_path: Path) -> None:
-    middle = {"save_strategy": "steps", "save_steps": 6}  # half of the sparsification is done
-    options = {**PRUNING, **middle, "ddp_backend": "gloo", "per_device_train_batch_size": 4}
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(PRUNING, id="trained"),
+        pytest.param(
+            {"sparsify_fraction": 0.0, "recover_fraction": 2 / 3, "target_speedup": 1.5}, id="in closed form"
+        ),
+    ],
+)
+def test_a_sharded_run_is_resumed_pruned_and_saved_whole(tmp_path: Path, how: dict[str, float]) -> None:
+    middle = {"save_strategy": "steps", "save_steps": 6}  # half of the sparsification or of the cuts is done
+    options = {**how, **middle, "ddp_backend": "gloo", "per_device_train_batch_size": 4}
     first, second = start(FSDP.split(), fsdp_run.__file__, tmp_path, json.dumps(options))
     assert first["sharded"]
     removed = sum(int((~keep).sum()) for keep in first["kept"].values())

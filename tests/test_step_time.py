@@ -8,18 +8,22 @@ import step_time
 from glue_samples import write_sst2
 from torch import nn
 
+from hf_vdneuron import fitting_trainer
 from hf_vdneuron.schedules import Phase
 from hf_vdneuron.trainer import VDTrainer
 
 
 def test_a_run_is_priced_by_its_phases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {Phase.FINETUNE: 0.5, Phase.SPARSIFY: 1.2, Phase.RECOVER: 0.75}
-    monkeypatch.setattr(step_time, "time_phases", lambda *_: (seconds, 0.1))
+    monkeypatch.setattr(step_time, "time_phases", lambda *_: step_time.Seconds(seconds, look=0.1, fit=3.0))
+    monkeypatch.setattr(step_time, "NUM_CUTS", 4)
     step_time.main(["--model_name_or_path=M", "--finetune_steps=100", "--sparsify_steps=50", "--recover_steps=20"])
     out = capsys.readouterr().out
     assert ["sparsify", "1.200", "s", "2.40", "50"] in [line.split() for line in out.splitlines()]
     assert ["look", "0.100", "s", "0.20", "51"] in [line.split() for line in out.splitlines()]
-    assert "costs 2.60 times" in out  # (100 * 0.5 + 50 * 1.2 + 20 * 0.75 + 51 * 0.1) / 50
+    assert ["form", "3.000", "s", "6.00", "4"] in [line.split()[-5:] for line in out.splitlines()]
+    assert "A run of 170 steps costs 2.60 times" in out  # (100 * 0.5 + 50 * 1.2 + 20 * 0.75 + 51 * 0.1) / 50
+    assert "and 2.29 times with a posterior in closed form" in out  # (100 * 0.5 + 4 * 3 + 70 * 0.75) / 50
 
 
 def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,10 +31,13 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytes
     compute_loss = VDTrainer.compute_loss
 
     def watched(trainer: VDTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> object:
-        seen[trainer.phase].append(inputs["input_ids"].flatten().tolist())
+        if model.training:
+            seen[trainer.phase].append(inputs["input_ids"].flatten().tolist())
         return compute_loss(trainer, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(VDTrainer, "compute_loss", watched)
+    monkeypatch.setattr(step_time, "NUM_EXAMPLES", 8)
+    monkeypatch.setattr(fitting_trainer, "NUM_EXAMPLES", 8)
     write_sst2(tmp_path, num_rows=200)
     args = step_time.StepTimeArguments(
         model_name_or_path=str(tmp_path / "model"),
@@ -40,9 +47,9 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytes
         steps=step_time.WARMUP_STEPS + 1,
         use_cpu=True,
     )
-    seconds, look = step_time.time_phases(args, tmp_path / "work")
-    assert seconds.keys() == set(Phase)
-    assert all(second > 0 for second in [*seconds.values(), look])
+    seconds = step_time.time_phases(args, tmp_path / "work")
+    assert seconds.steps.keys() == set(Phase)
+    assert all(second > 0 for second in [*seconds.steps.values(), seconds.look, seconds.fit])
     assert len(seen[Phase.FINETUNE]) == args.turns * args.steps
     assert seen[Phase.FINETUNE] == seen[Phase.SPARSIFY] == seen[Phase.RECOVER]
     assert seen[Phase.FINETUNE][0] != seen[Phase.FINETUNE][args.steps]  # another turn has other rows
