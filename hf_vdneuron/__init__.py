@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_vdneuron.plain_loading import allow_plain_loading_
     from hf_vdneuron.pruning import prune_model_
     from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask, unit_relevance
+    from hf_vdneuron.selection import Alignment, Layout
     from hf_vdneuron.trainer import VDTrainer
     from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -30,6 +31,8 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "VDConfig",
     "PriorType",
     "Grouping",
+    "Alignment",
+    "Layout",
     # Without training
     "sparsify",
     # Load what came out, and show it to others
@@ -68,6 +71,7 @@ _HOMES = {
     "plain_loading": ("allow_plain_loading_",),
     "pruning": ("prune_model_",),
     "relevance": ("irrelevant_weight_share", "relevance_mask", "unit_relevance"),
+    "selection": ("Alignment", "Layout"),
     "trainer": ("VDTrainer",),
     "training_args": ("VDTrainingArguments",),
 }

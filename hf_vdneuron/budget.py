@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a structure costs, and which heads and neurons to keep so that it costs no more than was asked for."""
 
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import inf, isfinite, prod
+from dataclasses import dataclass
+from math import inf, prod
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import variational_parameters
 from hf_vdneuron.layers import dense_layer, feature_axis
-from hf_vdneuron.masks import RelevanceMask, end_units
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Axis, Role, Sublayer, Unit
 
 
@@ -24,11 +21,8 @@ __all__ = [
     "UnitCounts",
     "body_cost",
     "cost_ratio",
-    "irremovable_units",
-    "keep_within",
     "speedup",
     "unit_counts",
-    "unit_prices",
     "units_left",
 ]
 
@@ -236,7 +230,7 @@ def units_left(model: nn.Module, mask: RelevanceMask = _KEEP_ALL) -> dict[Unit, 
     return left
 
 
-# ---- From a target to what is kept ----
+# ---- From a target to what may be kept ----
 
 
 @dataclass(frozen=True)
@@ -282,118 +276,3 @@ class Budget:
                 f"`{self.name}` is {asked}, which the complete model meets: it has {now}. Set it between that and "
                 f"{most}, or leave it out."
             )
-
-    def part_way(self, share: float, present: UnitCounts) -> "Budget":
-        """Stop on the way to the limit.
-
-        Args:
-            share: Share of the way, in `[0, 1]`, in the logarithm of the cost.
-            present: Units that are there at its start.
-
-        Returns:
-            A looser budget; with a share of 1, this one.
-        """
-        return replace(self, limit=self.cost(present) ** (1 - share) * self.limit**share)
-
-
-def keep_within(sublayers: list[Sublayer], relevance: Mapping[str, Tensor], budget: Budget) -> RelevanceMask:
-    """Keep what says most for what it costs, and no more than a budget allows.
-
-    Units go in the order of their relevance per cost until the budget is met. Then those that still fit come back,
-    the best first, so that what is left of the budget is less than the cheapest removed unit costs.
-
-    Args:
-        sublayers: The sub-layers of a model.
-        relevance: Path of each sub-layer -> relevance of each side of its units, shape `(num_sides, num_units)`.
-            Units with infinite relevance stay.
-        budget: What may be kept.
-
-    Returns:
-        A mask over every sub-layer. Each removed unit ends on its less relevant side.
-
-    Raises:
-        ValueError: If the budget cannot be met, or a relevance is not a number.
-    """
-    weakest = {sublayer.path: relevance[sublayer.path].amin(0) for sublayer in sublayers}
-    if lost := [path for path, values in weakest.items() if values.isnan().any()]:
-        raise ValueError(
-            f"The relevance of `{lost[0]}` is not a number: training has diverged. Resume from an earlier checkpoint "
-            "with a lower `learning_rate` or smaller distances."
-        )
-    sizes = {sublayer.path: sublayer.num_units for sublayer in sublayers}
-    prices = unit_prices(sublayers, budget)
-    # What costs nothing is not worth removing.
-    weakest = {path: values if prices[path] > 0 else torch.full_like(values, inf) for path, values in weakest.items()}
-    budget.require_reachable(irremovable_units(weakest))
-    # Ties fall by path and unit: every process has to remove the same.
-    ranked = sorted(
-        (value / prices[path], path, unit)
-        for path in sizes
-        for unit, value in enumerate(weakest[path].tolist())
-        if isfinite(value)
-    )
-    order = [(path, unit) for _, path, unit in ranked]
-    removed = order[: _shortest_prefix(order, sizes, budget)]
-    removed = _fill(removed, sizes, budget)
-    gone = {path: torch.zeros(size, dtype=torch.bool) for path, size in sizes.items()}
-    for path, unit in removed:
-        gone[path][unit] = True
-    return RelevanceMask({
-        sublayer.path: end_units(sublayer, (relevance[sublayer.path] == weakest[sublayer.path]) & gone[sublayer.path])
-        for sublayer in sublayers
-    })
-
-
-def irremovable_units(relevance: Mapping[str, Tensor]) -> dict[str, int]:
-    """Count the units that cannot be removed.
-
-    Args:
-        relevance: Path of each sub-layer -> relevance of its units, shape `(num_units,)` or `(num_sides, num_units)`;
-            infinite for a side that cannot end its unit.
-
-    Returns:
-        Path of each sub-layer -> its units that no side can end.
-    """
-    return {path: int((~torch.atleast_2d(values).amin(0).isfinite()).sum()) for path, values in relevance.items()}
-
-
-def unit_prices(sublayers: list[Sublayer], budget: Budget) -> dict[str, float]:
-    """Tell what a unit costs, on average over those of its sub-layer with all else complete.
-
-    Args:
-        sublayers: The sub-layers of a model.
-        budget: Says in what it costs.
-
-    Returns:
-        Path of each sub-layer -> price of one of its units.
-    """
-    full = budget.cost({})
-    return {part.path: (full - budget.cost({part.path: 0})) / max(1, part.num_units) for part in sublayers}
-
-
-def _count(removed: list[tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, int]:
-    gone = Counter(path for path, _ in removed)
-    return {path: size - gone[path] for path, size in sizes.items()}
-
-
-def _shortest_prefix(order: list[tuple[str, int]], sizes: Mapping[str, int], budget: Budget) -> int:
-    """Find how many units at least have to go, in this order, for the rest to fit: the cost only falls."""
-    return bisect_left(
-        range(len(order)), True, key=lambda length: budget.cost(_count(order[:length], sizes)) <= budget.limit
-    )
-
-
-def _fill(removed: list[tuple[str, int]], sizes: Mapping[str, int], budget: Budget) -> list[tuple[str, int]]:
-    """Take back the units that still fit, the last removed first."""
-    counts = _count(removed, sizes)
-    gone: list[tuple[str, int]] = []
-    full: set[str] = set()
-    for path, unit in reversed(removed):
-        more = {**counts, path: counts[path] + 1}
-        if path not in full and budget.cost(more) <= budget.limit:
-            counts = more
-        else:
-            # Units of one sub-layer cost the same: where one does not fit, no other does.
-            full.add(path)
-            gone.append((path, unit))
-    return gone

@@ -20,7 +20,7 @@ from hf_vdneuron.sharding import dense_copy
 
 __all__ = ["FittingTrainer"]
 
-#: Training examples that the curvature of the loss is estimated on, for each cut.
+#: Training examples that the curvature of the loss is estimated on.
 NUM_EXAMPLES = 1024
 
 

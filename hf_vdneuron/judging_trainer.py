@@ -98,11 +98,11 @@ class JudgingTrainer(FittingTrainer):
         is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
         return self.model if is_trained else self.fit_posterior()
 
-    def _choose(self, share: float = 1.0) -> RelevanceMask:
-        """Decide what a posterior keeps of what is left, at a share of the way to a target."""
-        kept = self._steering.mask(self._posterior(), self.args, share=share)
+    def _choose(self) -> RelevanceMask:
+        """Decide what a posterior keeps of what is left, by a target or the rule."""
+        kept = self._steering.mask(self._posterior(), self.args, present=read_mask(self.model))
         # Every process has to remove the same.
-        return cast(RelevanceMask, broadcast_object_list([kept])[0]) & read_mask(self.model)
+        return cast(RelevanceMask, broadcast_object_list([kept])[0])
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""

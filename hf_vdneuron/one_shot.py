@@ -8,7 +8,7 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.budget import Budget, Costs, irremovable_units, keep_within
+from hf_vdneuron.budget import Budget, Costs
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.curvature import Batches, diagonal_curvature
 from hf_vdneuron.laplace import fit_posterior_
@@ -18,6 +18,7 @@ from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import reconstruct_
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
+from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
 from hf_vdneuron.targets import BUDGETS, DEFAULT_LENGTH
 
 
@@ -27,7 +28,12 @@ _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 def closed_form_mask(
-    model: PreTrainedModel, batches: Batches, budget: Budget, *, vd_config: VDConfig | None = None
+    model: PreTrainedModel,
+    batches: Batches,
+    budget: Budget,
+    *,
+    vd_config: VDConfig | None = None,
+    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
 ) -> RelevanceMask:
     """Choose what to keep by a posterior that is fitted to the curvature of the loss, in closed form.
 
@@ -36,6 +42,7 @@ def closed_form_mask(
         batches: Some of its training examples, with labels.
         budget: What may be kept.
         vd_config: What to remove from, and by which prior.
+        alignment: Which numbers of heads and neurons may be kept.
 
     Returns:
         The mask.
@@ -46,7 +53,7 @@ def closed_form_mask(
     patched = patch_model_(deepcopy(model), vd_config)
     budget.require_reachable(irremovable_units(unit_relevance(patched)))
     fit_posterior_(patched, diagonal_curvature(patched, batches), num_data=PRETRAINING_EVIDENCE)
-    return keep_within(find_sublayers(patched), unit_relevance(patched), budget)
+    return keep_within(find_sublayers(patched), unit_relevance(patched), budget, alignment=alignment)
 
 
 def sparsify(
@@ -59,6 +66,7 @@ def sparsify(
     vd_config: VDConfig | None = None,
     max_length: int = DEFAULT_LENGTH,
     reconstruct: bool = True,
+    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
 ) -> _Model:
     """Remove the heads and neurons that a fine-tuned model needs least, without training it.
 
@@ -75,6 +83,7 @@ def sparsify(
         vd_config: What to remove from, and by which prior; the defaults suit a pretrained transformer.
         max_length: Tokens of a sequence for which a speed-up is counted.
         reconstruct: Whether what is left is fitted to the dense model's outputs by least squares.
+        alignment: Which numbers of heads and neurons a layer may keep.
 
     Returns:
         A smaller model of the same class, in evaluation mode.
@@ -95,7 +104,8 @@ def sparsify(
     if not (isfinite(value) and value > 0):
         raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
     dense, batches = deepcopy(model).eval(), list(calibration_data)
-    mask = closed_form_mask(dense, batches, BUDGETS[name](Costs(dense, length=max_length), value), vd_config=vd_config)
+    budget = BUDGETS[name](Costs(dense, length=max_length), value)
+    mask = closed_form_mask(dense, batches, budget, vd_config=vd_config, alignment=alignment)
     # What was trained stays as it is: the posterior only says what goes.
     prune_model_(pruned := deepcopy(dense), mask)
     if reconstruct:

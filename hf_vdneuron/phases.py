@@ -13,7 +13,7 @@ from hf_vdneuron.elbo import em_step_, set_variational_, variational_layers
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.monitoring import RunningMeans
 from hf_vdneuron.optimization import reset_variational_
-from hf_vdneuron.schedules import Phase, cut_path
+from hf_vdneuron.schedules import Phase
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -32,7 +32,7 @@ class PhaseCallback(TrainerCallback):
         steering: Weighs the KL.
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
-        choose: Function `(share) -> mask` that says what the posterior keeps at this share of the way to a target.
+        choose: Function that says what the posterior keeps.
 
     A tolerance cuts by a callback of its own.
 
@@ -46,7 +46,7 @@ class PhaseCallback(TrainerCallback):
         steering: Steering,
         means: RunningMeans,
         score: Callable[[str], None],
-        choose: Callable[[float], RelevanceMask],
+        choose: Callable[[], RelevanceMask],
     ) -> None:
         self.teacher = teacher
         self.steering = steering
@@ -68,7 +68,7 @@ class PhaseCallback(TrainerCallback):
         """
         plan, step = args.phase_plan(state.max_steps), state.global_step
         self.means.clear()
-        self.is_cut = args.removes and step > max(cut_path(plan))
+        self.is_cut = args.removes and step > plan.recover_start
         if step <= plan.sparsify_start:
             self.teacher.forget_own_()
         require_all_phases(args, state.max_steps)
@@ -94,8 +94,8 @@ class PhaseCallback(TrainerCallback):
             if plan.sparsify_steps:
                 reset_variational_(run["optimizer"])
                 self.steering.look_(model, plan, step=step)
-        if args.removes and args.tolerance is None and (share := cut_path(plan).get(step)) is not None:
-            self._cut_(model, share)
+        if args.removes and args.tolerance is None and step == plan.recover_start:
+            self._cut_(model)
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
         set_variational_(model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
 
@@ -147,11 +147,10 @@ class PhaseCallback(TrainerCallback):
             if step == plan.sparsify_start:
                 self.score("dense")
             if args.tolerance is None:
-                self._cut_(model, 1.0)
+                self._cut_(model)
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
-    def _cut_(self, model: nn.Module, share: float) -> None:
-        mask_model_(model, self.choose(share))
-        self.is_cut = share == 1
-        if self.is_cut:
-            self.score("cut")
+    def _cut_(self, model: nn.Module) -> None:
+        mask_model_(model, self.choose())
+        self.is_cut = True
+        self.score("cut")

@@ -12,7 +12,6 @@ __all__ = [
     "Decay",
     "Phase",
     "PhasePlan",
-    "cut_path",
     "default_kl_weight",
     "first_kl_weight",
     "kl_brake",
@@ -46,9 +45,6 @@ REMOVAL_PATH = (
 #: Mean keep rate of the weights that stay at the end of a sparsification, relative to its start: 0.73 and 0.67 in the
 #: runs of the path.
 KEPT_RATE = 0.70
-
-#: How many cuts a posterior in closed form makes on its way to a target, and in which share of the recovery.
-NUM_CUTS, CUTTING_SHARE = 4, 1 / 3
 
 #: How fast the controller moves the logarithm of the KL weight.
 CONTROLLER_GAIN = 15.0
@@ -148,31 +144,6 @@ class PhasePlan:
             Phase.RECOVER: (self.recover_start, self.recover_steps),
         }[self.phase_at(step)]
         return step - start, length
-
-
-def cut_path(plan: PhasePlan) -> dict[int, float]:
-    """Tell when a run cuts, and how far.
-
-    A posterior that is trained is cut once. One in closed form costs little, so it is taken anew for each of several
-    cuts: what is left adapts between them, and the next posterior is that of a network that did.
-
-    Args:
-        plan: Phases of the run.
-
-    Returns:
-        Step at which it cuts -> share of the way from the complete model to the target, in the logarithm of the cost.
-
-    Example:
-        >>> cut_path(PhasePlan(30, 0, 90))
-        {30: 0.25, 40: 0.5, 50: 0.75, 60: 1.0}
-        >>> cut_path(PhasePlan(30, 50, 20))
-        {80: 1.0}
-    """
-    if plan.sparsify_steps:
-        return {plan.recover_start: 1.0}
-    every = CUTTING_SHARE * plan.recover_steps / (NUM_CUTS - 1)
-    # Where there are fewer steps than cuts, the last cut of a step is the one that counts.
-    return {plan.recover_start + round(index * every): (index + 1) / NUM_CUTS for index in range(NUM_CUTS)}
 
 
 def rate_factor(step: int, num_steps: int, *, warmup_steps: int, decay: Decay) -> float:

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_vdneuron.budget import Budget, Costs, UnitCounts, irremovable_units, keep_within, unit_counts
+from hf_vdneuron.budget import Budget, Costs, UnitCounts, unit_counts
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -26,6 +26,7 @@ from hf_vdneuron.schedules import (
     removal_path,
     steer_kl_weight,
 )
+from hf_vdneuron.selection import irremovable_units, keep_within
 from hf_vdneuron.sublayers import Sublayer
 from hf_vdneuron.targets import target_budget
 from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
@@ -213,22 +214,23 @@ class Steering:
 
     # ---- Arriving ----
 
-    def mask(self, posterior: nn.Module, args: VDTrainingArguments, *, share: float = 1.0) -> RelevanceMask:
-        """Choose what is kept.
+    def mask(self, posterior: nn.Module, args: VDTrainingArguments, *, present: RelevanceMask) -> RelevanceMask:
+        """Choose what is kept of what is there.
 
         Args:
             posterior: A patched model with the posterior that says what matters.
             args: Arguments of the run.
-            share: Share of the way to the target.
+            present: What is there.
 
         Returns:
             What the target allows; without one, what the rule does not find irrelevant.
         """
         course = self._course
         if course is None:
-            return relevance_mask(posterior, args.dropout_rate_threshold)
-        budget = course.budget.part_way(share, course.present)
-        return keep_within(course.sublayers, unit_relevance(posterior), budget)
+            return relevance_mask(posterior, args.dropout_rate_threshold) & present
+        relevance = unit_relevance(posterior)
+        kept = keep_within(course.sublayers, relevance, course.budget, alignment=args.alignment, present=present)
+        return kept & present
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from hf_vdneuron.budget import Budget, Costs, cost_ratio, irremovable_units, keep_within, unit_counts
+from hf_vdneuron.budget import Budget, Costs, cost_ratio, unit_counts
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PhasePlan
+from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -65,7 +66,14 @@ def rungs_at(plan: PhasePlan, step: int) -> list[int]:
     return [rung for rung in range(len(LADDER) + 1) if plan.recover_start + round(rung * every) == step]
 
 
-def size_mask(model: nn.Module, posterior: nn.Module, share_left: float, *, length: int) -> RelevanceMask:
+def size_mask(
+    model: nn.Module,
+    posterior: nn.Module,
+    share_left: float,
+    *,
+    length: int,
+    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
+) -> RelevanceMask:
     """Choose what a size keeps of what is left of a model.
 
     Args:
@@ -73,6 +81,7 @@ def size_mask(model: nn.Module, posterior: nn.Module, share_left: float, *, leng
         posterior: A copy of it, or itself, with the posterior that says what matters.
         share_left: Share to leave of what the complete model could lose, by multiply-accumulates, in `[0, 1]`.
         length: Tokens of a sequence for which costs are counted.
+        alignment: Which numbers of units it may leave.
 
     Returns:
         The mask.
@@ -82,7 +91,7 @@ def size_mask(model: nn.Module, posterior: nn.Module, share_left: float, *, leng
     fixed, full = costs.macs(irremovable_units(relevance)), costs.macs({})
     limit = fixed + share_left * (full - fixed)
     budget = Budget("share_left", share_left, costs.macs, limit, lambda cost: (cost - fixed) / (full - fixed))
-    return keep_within(costs.sublayers, relevance, budget) & before
+    return keep_within(costs.sublayers, relevance, budget, alignment=alignment, present=before) & before
 
 
 class ToleranceCallback(TrainerCallback):
@@ -212,7 +221,8 @@ class ToleranceCallback(TrainerCallback):
         elif rung == len(LADDER):
             self._end_(args)
         else:
-            mask_model_(model, size_mask(model, self.fit(), LADDER[rung], length=self.length))
+            mask = size_mask(model, self.fit(), LADDER[rung], length=self.length, alignment=args.alignment)
+            mask_model_(model, mask)
 
     def _is_good_enough_(self, model: nn.Module, args: VDTrainingArguments) -> bool:
         tolerance, dense = self._terms(args)

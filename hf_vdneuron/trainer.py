@@ -40,7 +40,7 @@ from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
 from hf_vdneuron.resumable_trainer import Trial
-from hf_vdneuron.schedules import Phase, PhasePlan, cut_path
+from hf_vdneuron.schedules import Phase, PhasePlan
 from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.targets import DEFAULT_LENGTH
@@ -58,8 +58,8 @@ class VDTrainer(JudgingTrainer):
     tolerance can do without, or without either what the dropout-rate rule finds irrelevant, and recovery trains the
     rest. `prune()` removes it for good.
 
-    With a target, sparsification takes no step unless it is given some: the posterior is in closed form then, taken
-    anew for each of a few cuts in the first third of the recovery.
+    With a target or a tolerance, sparsification takes no step unless it is given some: the posterior is in closed form
+    then, from gradients on some training examples.
 
     Args:
         model: Model to train. A dense one is patched in place.
@@ -381,7 +381,9 @@ class VDTrainer(JudgingTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial | None) -> bool:
         """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
-        if self.args.removes and self.state.global_step <= max(cut_path(self.plan)):
+        if self.args.removes and self.state.global_step <= self.plan.recover_start:
+            return False
+        if self.args.tolerance is not None and not self._keepsake.is_final:
             return False
         # A tolerance names a metric too, which each of several sets has under the set's name.
         if self.args.tolerance is not None and f"eval_{self.args.tolerance.metric}" not in metrics:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, Phase, PhasePlan
+from hf_vdneuron.selection import Alignment, Layout
 
 
 __all__ = ["SpeedupFrom", "VDTrainingArguments"]
@@ -59,7 +60,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("kl_start",), lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     (("target_speedup",), lambda value: value > 1, "a number above 1"),
     (("target_sparsity",), lambda value: 0 < value < 1, "a number between 0 and 1, without the two"),
-    (("latency_batch_size", "target_params"), lambda value: value >= 1, "a number of at least 1"),
+    (
+        ("latency_batch_size", "target_params", "round_heads_to", "round_neurons_to"),
+        lambda value: value >= 1,
+        "a number of at least 1",
+    ),
     (
         ("kl_weight", "log_var_distance", "group_scale_distance", "distillation_temperature", "num_data"),
         lambda value: value > 0,
@@ -115,6 +120,20 @@ class VDTrainingArguments(TrainingArguments):
     )
     max_loss_increase: float | None = field(
         default=None, metadata={"help": "The same for the loss of an evaluation, in nats."}
+    )
+
+    layout: Layout = field(
+        default=Layout.FREE,
+        metadata={
+            "help": "Whether each layer keeps as much as is worth it (free), or all of them as many heads and as many "
+            "neurons (uniform), as a config with one number for all can say. Needs a target or a tolerance."
+        },
+    )
+    round_heads_to: int = field(
+        default=1, metadata={"help": "What the number of heads that a layer keeps shall be a multiple of."}
+    )
+    round_neurons_to: int = field(
+        default=1, metadata={"help": "The same for its neurons; 8, 16 or 64 suit the kernels of most devices."}
     )
 
     logging_steps: float = field(
@@ -196,7 +215,7 @@ class VDTrainingArguments(TrainingArguments):
     save_posterior: bool = field(
         default=False,
         metadata={
-            "help": "Save a checkpoint right before the first cut. A run of the same steps and fractions that resumes "
+            "help": "Save a checkpoint right before the cut. A run of the same steps and fractions that resumes "
             "from it with another target or tolerance arrives at another size, and only has to recover."
         },
     )
@@ -250,6 +269,9 @@ class VDTrainingArguments(TrainingArguments):
         if self.speedup_from not in list(SpeedupFrom):
             raise ValueError(f"`speedup_from` is {self.speedup_from!r}: expected {' or '.join(SpeedupFrom)}.")
         self.speedup_from = SpeedupFrom(self.speedup_from)
+        if self.layout not in list(Layout):
+            raise ValueError(f"`layout` is {self.layout!r}: expected {' or '.join(Layout)}.")
+        self.layout = Layout(self.layout)
         for names, is_valid, expected in _RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -269,6 +291,11 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
                 "away again: expected neither."
+            )
+        if self.alignment != Alignment() and self.target is None and self._tolerance is None:
+            raise ValueError(
+                "`layout`, `round_heads_to` or `round_neurons_to` is set, but the dropout-rate rule, which decides "
+                "without a target, looks at no numbers: set a target or a tolerance too, or leave them out."
             )
         if self.save_sizes and self._tolerance is None:
             raise ValueError(
@@ -354,6 +381,11 @@ class VDTrainingArguments(TrainingArguments):
         if recover is None:
             recover = RECOVER_SHARE if sparsify > 0 else LONG_RECOVER_SHARE
         return {Phase.FINETUNE: self.finetune_fraction, Phase.SPARSIFY: sparsify, Phase.RECOVER: recover}
+
+    @property
+    def alignment(self) -> Alignment:
+        """Which numbers of heads and neurons a cut may leave."""
+        return Alignment(self.layout, self.round_heads_to, self.round_neurons_to)
 
     @property
     def removes(self) -> bool:

@@ -13,13 +13,14 @@ from functools import partial
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from hf_vdneuron.budget import Costs, cost_ratio, keep_within, unit_counts
+from hf_vdneuron.budget import Costs, cost_ratio, unit_counts
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.latency import measure_latency, text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import unit_relevance
+from hf_vdneuron.selection import keep_within
 from hf_vdneuron.structure import dense_twin
 from hf_vdneuron.targets import cost_ratio_budget
 

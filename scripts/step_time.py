@@ -22,7 +22,7 @@ from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
 from hf_vdneuron.loading import load_model
 from hf_vdneuron.relevance import expected_units
-from hf_vdneuron.schedules import NUM_CUTS, Phase
+from hf_vdneuron.schedules import Phase
 from hf_vdneuron.steering import steps_between_looks
 
 
@@ -162,14 +162,14 @@ def main(argv: list[str]) -> None:
     dense, steps = seconds.steps[Phase.FINETUNE], {phase: getattr(args, f"{phase}_steps") for phase in Phase}
     num_looks = 1 + args.sparsify_steps // steps_between_looks(args.sparsify_steps)
     lines = [[str(phase), seconds.steps[phase], steps[phase]] for phase in Phase]
-    lines += [["look", seconds.look, num_looks], ["posterior in closed form", seconds.fit, NUM_CUTS]]
+    lines += [["look", seconds.look, num_looks], ["posterior in closed form", seconds.fit, 1]]
     print_table(
         ["", "takes", "against a dense step", "times in a run"],
         [[name, f"{took:.3f} s", f"{took / dense:.2f}", str(count)] for name, took, count in lines],
     )
     trained = sum(steps[phase] * seconds.steps[phase] for phase in Phase) + num_looks * seconds.look
     behind = steps[Phase.SPARSIFY] + steps[Phase.RECOVER]
-    closed = steps[Phase.FINETUNE] * dense + NUM_CUTS * seconds.fit + behind * seconds.steps[Phase.RECOVER]
+    closed = steps[Phase.FINETUNE] * dense + seconds.fit + behind * seconds.steps[Phase.RECOVER]
     paid = steps[Phase.FINETUNE] * dense
     print(
         f"\nA run of {sum(steps.values())} steps costs {trained / paid:.2f} times its dense fine-tuning, and "

@@ -147,7 +147,7 @@ FSDP = (
     ],
 )
 def test_a_sharded_run_is_resumed_pruned_and_saved_whole(tmp_path: Path, how: dict[str, float]) -> None:
-    middle = {"save_strategy": "steps", "save_steps": 6}  # half of the sparsification or of the cuts is done
+    middle = {"save_strategy": "steps", "save_steps": 6}  # in the middle of the sparsification or of the recovery
     options = {**how, **middle, "ddp_backend": "gloo", "per_device_train_batch_size": 4}
     first, second = start(FSDP.split(), fsdp_run.__file__, tmp_path, json.dumps(options))
     assert first["sharded"]

@@ -64,6 +64,10 @@ def test_defaults_divide_a_run(tmp_path: Path, options: dict[str, Any], plan: Ph
         ({"target_sparsity": 1.0}, "`target_sparsity` is 1.0: expected a number between 0 and 1"),
         ({"target_params": 0}, "`target_params` is 0: expected a number of at least 1"),
         ({"latency_batch_size": 0}, "`latency_batch_size` is 0"),
+        ({"round_heads_to": 0, "target_speedup": 2.0}, "`round_heads_to` is 0: expected a number of at least 1"),
+        ({"layout": "square", "target_speedup": 2.0}, "`layout` is 'square': expected free or uniform"),
+        ({"layout": "uniform"}, "the dropout-rate rule, which decides without a target, looks at no numbers"),
+        ({"save_sizes": True, "target_speedup": 2.0}, "no tolerance that looks at several sizes"),
         ({"speedup_from": "flops"}, "`speedup_from` is 'flops': expected macs or latency"),
         (
             {"target_speedup": 2.0, "target_params": 9},

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks.gates import gate_gradients
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.budget import Budget, keep_within, unit_prices
+from hf_vdneuron.budget import Budget
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.selection import keep_within, unit_prices
 from hf_vdneuron.sublayers import Slice, Unit
 
 
