@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.budget import Budget, Costs, UnitCounts, unit_counts
+from hf_vdneuron.goal_args import SpeedupFrom
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask, read_mask
@@ -29,7 +30,7 @@ from hf_vdneuron.schedules import (
 from hf_vdneuron.selection import irremovable_units, keep_within
 from hf_vdneuron.sublayers import Sublayer
 from hf_vdneuron.targets import target_budget
-from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
+from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = ["Steering", "steps_between_looks"]

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from hf_vdneuron.budget import Budget, Costs, UnitCounts, cost_ratio
+from hf_vdneuron.goal_args import SpeedupFrom
 from hf_vdneuron.latency_table import LatencyTable
-from hf_vdneuron.training_args import SpeedupFrom, VDTrainingArguments
+from hf_vdneuron.training_args import VDTrainingArguments
 
 
 __all__ = [

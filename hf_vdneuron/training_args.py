@@ -4,22 +4,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
+from hf_vdneuron.goal_args import GoalArguments, SpeedupFrom
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, Phase, PhasePlan
 from hf_vdneuron.selection import Alignment, Layout
 
 
-__all__ = ["SpeedupFrom", "VDTrainingArguments"]
-
-#: The options that say what to arrive at, and those that say what it may cost. At most one of all is set.
-_TARGETS = ("target_speedup", "target_sparsity", "target_params")
-_TOLERANCES = ("max_metric_drop", "max_loss_increase")
+__all__ = ["VDTrainingArguments"]
 
 #: Name of the loss among the metrics of an evaluation.
 _LOSS = "loss"
@@ -30,16 +26,6 @@ FINETUNE_SHARE, SPARSIFY_SHARE, RECOVER_SHARE, LONG_RECOVER_SHARE = 0.3, 0.5, 0.
 
 #: What only a posterior that is trained depends on.
 _OF_TRAINING = ("kl_weight", "kl_ramp", "kl_start", "log_var_distance", "group_scale_distance")
-
-
-class SpeedupFrom(StrEnum):
-    """What a speed-up is a ratio of."""
-
-    MACS = "macs"
-    """Multiply-accumulates of heads and neurons: the same everywhere."""
-    LATENCY = "latency"
-    """Seconds of a forward of the whole model, measured on the device of the run."""
-
 
 #: What a finite number has to be: names of the options, test, and the test in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -74,7 +60,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 
 
 @dataclass
-class VDTrainingArguments(TrainingArguments):
+class VDTrainingArguments(GoalArguments, TrainingArguments):
     """Arguments of `VDTrainer`.
 
     `num_train_epochs` or `max_steps` is the length of the whole run. The fractions divide it into fine-tuning,
@@ -89,52 +75,6 @@ class VDTrainingArguments(TrainingArguments):
     Without any, the dropout-rate rule decides how much a trained posterior lets go, at a fixed weight of the KL: 300
     steps of 1,000 fine-tune, 500 sparsify and 200 recover.
     """
-
-    target_speedup: float | None = field(
-        default=None,
-        metadata={"help": "How many times faster the heads and neurons shall be, above 1. Counted by `speedup_from`."},
-    )
-    speedup_from: SpeedupFrom = field(
-        default=SpeedupFrom.MACS,
-        metadata={
-            "help": "What a speed-up is a ratio of: multiply-accumulates of heads and neurons (macs), or seconds of a "
-            "forward of the whole model, measured on the device of the run (latency)."
-        },
-    )
-    latency_batch_size: int = field(
-        default=1, metadata={"help": "Sequences in a forward whose latency is measured for `speedup_from`."}
-    )
-    target_sparsity: float | None = field(
-        default=None, metadata={"help": "Share of the weights of heads and neurons to remove, between 0 and 1."}
-    )
-    target_params: int | None = field(
-        default=None, metadata={"help": "How many parameters the whole model may have in the end."}
-    )
-    max_metric_drop: float | None = field(
-        default=None,
-        metadata={
-            "help": "How much worse than the dense model's `metric_for_best_model` may be on the evaluation set, in "
-            "its own units (0.01 is a point of accuracy): the model is cut and trained down a ladder of sizes, and "
-            "the smallest within it is kept."
-        },
-    )
-    max_loss_increase: float | None = field(
-        default=None, metadata={"help": "The same for the loss of an evaluation, in nats."}
-    )
-
-    layout: Layout = field(
-        default=Layout.FREE,
-        metadata={
-            "help": "Whether each layer keeps as much as is worth it (free), or all of them as many heads and as many "
-            "neurons (uniform), as a config with one number for all can say. Needs a target or a tolerance."
-        },
-    )
-    round_heads_to: int = field(
-        default=1, metadata={"help": "What the number of heads that a layer keeps shall be a multiple of."}
-    )
-    round_neurons_to: int = field(
-        default=1, metadata={"help": "The same for its neurons; 8, 16 or 64 suit the kernels of most devices."}
-    )
 
     logging_steps: float = field(
         default=0.02,
@@ -283,21 +223,22 @@ class VDTrainingArguments(TrainingArguments):
             )
 
     def _check_choices(self) -> None:
-        if self._tolerance is not None and self.speedup_from is SpeedupFrom.LATENCY:
+        if self.tolerance_name is not None and self.speedup_from is SpeedupFrom.LATENCY:
             raise ValueError(
-                f"`speedup_from` is `{self.speedup_from}`, but `{self._tolerance}` asks for no speed-up: leave it out."
+                f"`speedup_from` is `{self.speedup_from}`, but `{self.tolerance_name}` asks for no speed-up: leave it "
+                "out."
             )
         if self.save_posterior and (self.save_total_limit is not None or self.save_strategy == SaveStrategy.BEST):
             raise ValueError(
                 "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
                 "away again: expected neither."
             )
-        if self.alignment != Alignment() and self.target is None and self._tolerance is None:
+        if self.alignment != Alignment() and self.target is None and self.tolerance_name is None:
             raise ValueError(
                 "`layout`, `round_heads_to` or `round_neurons_to` is set, but the dropout-rate rule, which decides "
                 "without a target, looks at no numbers: set a target or a tolerance too, or leave them out."
             )
-        if self.save_sizes and self._tolerance is None:
+        if self.save_sizes and self.tolerance_name is None:
             raise ValueError(
                 "`save_sizes` is set, but there is no tolerance that looks at several sizes: set `max_metric_drop` or "
                 "`max_loss_increase`, or leave it out."
@@ -306,7 +247,7 @@ class VDTrainingArguments(TrainingArguments):
             raise ValueError("`save_posterior` is set, but `sparsify_fraction` is 0: there is no posterior to save.")
 
     def _check_steering(self) -> None:
-        if self.target is None and self._tolerance is None:
+        if self.target is None and self.tolerance_name is None:
             return
         is_trained = self.fractions[Phase.SPARSIFY] > 0
         if is_trained and (self.target is None or self.kl_weight is not None):
@@ -325,23 +266,6 @@ class VDTrainingArguments(TrainingArguments):
                     f"`{known.name}` is {getattr(self, known.name)}, but with a target the KL weight is steered and "
                     "has no schedule: leave it out, or set `kl_weight` too."
                 )
-
-    @property
-    def target(self) -> str | None:
-        """Name of the target that is set, None if there is none.
-
-        Raises:
-            ValueError: If there are several.
-        """
-        given = [name for name in (*_TARGETS, *_TOLERANCES) if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(f'`{name}`' for name in given)} are set: expected at most one target.")
-        return given[0] if given and given[0] in _TARGETS else None
-
-    @property
-    def _tolerance(self) -> str | None:
-        """Name of the tolerance that is set."""
-        return next((name for name in _TOLERANCES if getattr(self, name) is not None), None)
 
     @property
     def tolerance(self) -> Tolerance | None:
@@ -373,7 +297,7 @@ class VDTrainingArguments(TrainingArguments):
     @property
     def fractions(self) -> dict[Phase, float]:
         """Share of the run of each phase, relative to their sum."""
-        asked = self.target is not None or self._tolerance is not None
+        asked = self.target is not None or self.tolerance_name is not None
         sparsify = self.sparsify_fraction
         if sparsify is None:
             sparsify = 0.0 if asked else SPARSIFY_SHARE
@@ -383,20 +307,15 @@ class VDTrainingArguments(TrainingArguments):
         return {Phase.FINETUNE: self.finetune_fraction, Phase.SPARSIFY: sparsify, Phase.RECOVER: recover}
 
     @property
-    def alignment(self) -> Alignment:
-        """Which numbers of heads and neurons a cut may leave."""
-        return Alignment(self.layout, self.round_heads_to, self.round_neurons_to)
-
-    @property
     def removes(self) -> bool:
         """Whether the run makes a cut, by a posterior that it trains or by one in closed form."""
-        return self.fractions[Phase.SPARSIFY] > 0 or self.target is not None or self._tolerance is not None
+        return self.fractions[Phase.SPARSIFY] > 0 or self.target is not None or self.tolerance_name is not None
 
     @property
     def goal(self) -> str:
         """What decides how much goes, for people: the target or tolerance with its value, or the rule."""
         if (tolerance := self.tolerance) is not None:
-            return f"{self._tolerance} {tolerance.allowed:g}" + (
+            return f"{self.tolerance_name} {tolerance.allowed:g}" + (
                 "" if tolerance.metric == _LOSS else f" of {tolerance.metric}"
             )
         if self.target is None:
