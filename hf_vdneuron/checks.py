@@ -152,7 +152,7 @@ def require_known_patch(config: VDConfig | None) -> None:
     if config is None:
         raise ValueError(
             "`model` came patched, with a posterior of its own, and this run would take another in closed form: pass "
-            "it dense, with `vd_config`, or train its posterior with a `sparsify_fraction`."
+            "it dense, with `vd_config`, or train its posterior with a `sparsify_fraction` and towards a target."
         )
 
 

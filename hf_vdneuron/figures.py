@@ -171,14 +171,14 @@ def _draw_score(report: RunReport) -> Drawing | None:
 
 
 def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
-    """Metric against speed-up on the way down, with the size that was chosen."""
+    """Metric against speed-up of the sizes that were tried, with the one that was chosen."""
     if sizes is None:
         return None
     title = "Sizes to choose from"
     figure, axes = canvas(title, CURVES_HEIGHT)
     axes.axhline(sizes.dense, lw=1, color=LIGHT["muted"], label="dense")
     axes.axhline(sizes.limit, lw=1, ls="--", color=LIGHT["muted"], label="limit")
-    axes.plot(sizes.speedups, sizes.values, "o-", lw=1.5, ms=3.5, color=LIGHT["first"], label="on the way")
+    axes.plot(sizes.speedups, sizes.values, "o-", lw=1.5, ms=3.5, color=LIGHT["first"], label="tried")
     told = [f"dense {sizes.dense:.4g}", f"at worst {sizes.limit:.4g} allowed"]
     if sizes.chosen is None:
         told.append("no size is good enough")
@@ -188,11 +188,8 @@ def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
         axes.plot(
             place, sizes.values[sizes.chosen], "o", ms=9, mfc="none", mew=1.6, color=LIGHT["second"], label="chosen"
         )
-        made = "The smallest within the limit was chosen, and trained on."
+        made = "The smallest within the limit was chosen."
         told.append(f"the size that was chosen is {place:.2f} times as fast, at {sizes.values[sizes.chosen]:.4g}")
-        if sizes.final is not None:
-            axes.plot(place, sizes.final, "D", ms=5, color=LIGHT["third"], label="in the end")
-            told.append(f"in the end {sizes.final:.4g}")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -202,8 +199,8 @@ def _draw_sizes(sizes: SizesReport | None) -> Drawing | None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=LIGHT["muted"], handlelength=1.2)
     caption = (
-        f"{sizes.metric.capitalize()} of one size after the other, each cut from the one before and trained for a "
-        f"while, on the rows that choices are made on. {made}"
+        f"{sizes.metric.capitalize()} of the sizes that were tried, each cut from the last good one and recovered, on "
+        f"the rows that choices are made on. {made}"
     )
     return Drawing("sizes", title, caption, f"{'; '.join(told)}.".capitalize(), figure)
 

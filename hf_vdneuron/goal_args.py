@@ -51,14 +51,21 @@ class GoalArguments:
         default=None,
         metadata={
             "help": "How much worse than the dense model's `metric_for_best_model` may be on the evaluation set, in "
-            "its own units (0.01 is a point of accuracy): the model is cut and trained down a ladder of sizes, and "
-            "the smallest within it is kept."
+            "its own units (0.01 is a point of accuracy): sizes are cut, recovered and judged one after the other, "
+            "and the smallest within it is kept."
         },
     )
     max_loss_increase: float | None = field(
         default=None, metadata={"help": "The same for the loss of an evaluation, in nats."}
     )
 
+    num_sizes: int = field(
+        default=5,
+        metadata={
+            "help": "How many sizes a tolerance tries, each in an equal part of the recovery with a warm-up and decay "
+            "of its own."
+        },
+    )
     layout: Layout = field(
         default=Layout.FREE,
         metadata={

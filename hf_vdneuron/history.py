@@ -119,7 +119,7 @@ def _report_sizes(log_history: Sequence[dict[str, Any]], tolerance: Tolerance) -
     start = ends[-2] if len(ends) > 1 else 0
     cuts = [(entry[CUT_SPEEDUP], entry[CUT_VALUE]) for entry in log_history[start : ends[-1]] if CUT_SPEEDUP in entry]
     # JSON knows no infinity, which is the speed-up where nothing at all is left.
-    cuts = [(speedup, value) for speedup, value in cuts if isfinite(speedup) and isfinite(value)]
+    cuts = sorted((speedup, value) for speedup, value in cuts if isfinite(speedup) and isfinite(value))
     speedups = [speedup for speedup, _ in cuts]
     final = next((entry[FINAL_VALUE] for entry in reversed(log_history) if FINAL_VALUE in entry), None)
     return SizesReport(

@@ -93,10 +93,13 @@ class JudgingTrainer(FittingTrainer):
         is_same = self.choice_dataset is self.eval_dataset and not isinstance(self.eval_dataset, dict)
         return self.milestone(f"dense_{metric}") if judged is None and is_same else judged
 
-    def _posterior(self) -> nn.Module:
-        """Return the model with the posterior that the run has trained, or a copy with one in closed form."""
+    def _posterior(self, is_first: bool = True) -> nn.Module:
+        """Return the model with the posterior that the run has trained, or a copy with one in closed form.
+
+        A trained one is as good as new for the first cut only: behind it, the weights move on without it.
+        """
         is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
-        return self.model if is_trained else self.fit_posterior()
+        return self.model if is_trained and is_first else self.fit_posterior()
 
     def _choose(self) -> RelevanceMask:
         """Decide what a posterior keeps of what is left, by a target or the rule."""

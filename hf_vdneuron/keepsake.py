@@ -27,29 +27,36 @@ class Keepsake:
     Args:
         state: Its state dict, on the CPU; empty before there is one.
         value: Its metric.
-        speedup: Dense over kept multiply-accumulates of heads and neurons.
-        is_final: Whether no smaller one will be tried.
+        share_left: Share of what can be removed that it has left.
+        too_small: Largest share that was found not good enough, 0 before there is one.
+        is_final: Whether no other size will be tried.
     """
 
     state: Mapping[str, Tensor] = field(default_factory=dict)
     value: float = 0.0
-    speedup: float = 1.0
+    share_left: float = 1.0
+    too_small: float = 0.0
     is_final: bool = False
 
     def forget_(self) -> None:
         """Drop what an earlier run kept."""
-        self.state, self.value, self.speedup, self.is_final = {}, 0.0, 1.0, False
+        self.__dict__.update(Keepsake().__dict__)
 
-    def take_(self, model: nn.Module, value: float, speedup: float) -> None:
+    @property
+    def next_share(self) -> float:
+        """Share to try next: in the middle between what was good enough and what was not."""
+        return (self.share_left + self.too_small) / 2
+
+    def take_(self, model: nn.Module, value: float, share_left: float) -> None:
         """Keep a model as it is now.
 
         Args:
             model: The model, masks and all.
             value: Its metric.
-            speedup: Its speed-up.
+            share_left: Share of what can be removed that it has left.
         """
         self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        self.value, self.speedup = value, speedup
+        self.value, self.share_left = value, share_left
 
     def give_back_(self, model: nn.Module) -> None:
         """Make a model the one that was kept, in place.
@@ -66,7 +73,7 @@ class Keepsake:
             checkpoint: Folder of a checkpoint.
         """
         if self.state:
-            facts = {"value": self.value, "speedup": self.speedup, "is_final": self.is_final}
+            facts = {name: fact for name, fact in self.__dict__.items() if name != "state"}
             save_file(dict(self.state), Path(checkpoint) / KEEPSAKE_FILE, {FACTS: json.dumps(facts)})
 
     def load_(self, checkpoint: str | Path) -> None:
@@ -79,6 +86,5 @@ class Keepsake:
         path = Path(checkpoint) / KEEPSAKE_FILE
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()[FACTS])
+                self.__dict__.update(json.loads(file.metadata()[FACTS]))
                 self.state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-            self.value, self.speedup, self.is_final = facts["value"], facts["speedup"], facts["is_final"]

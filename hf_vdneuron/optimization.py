@@ -3,12 +3,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_vdneuron.schedules import Decay, Phase, PhasePlan, rate_factor, variational_rate_factor
+from hf_vdneuron.schedules import Decay, Phase, PhasePlan, bounds, rate_factor, variational_rate_factor
 
 
 __all__ = ["phase_scheduler", "reset_variational_", "split_variational_"]
@@ -67,7 +68,12 @@ def reset_variational_(optimizer: Optimizer) -> None:
 
 
 def phase_scheduler(
-    optimizer: Optimizer, plan: PhasePlan, *, decay: Decay, warmup_steps: Callable[[int], int]
+    optimizer: Optimizer,
+    plan: PhasePlan,
+    *,
+    decay: Decay,
+    warmup_steps: Callable[[int], int],
+    num_recoveries: int = 1,
 ) -> LambdaLR:
     """Shape every rate over each phase; variational rates are 0 outside sparsification, and hold and fall within it.
 
@@ -76,13 +82,18 @@ def phase_scheduler(
         plan: Steps of each phase.
         decay: How the other rates fall.
         warmup_steps: Function from the steps of a phase to those of its warm-up.
+        num_recoveries: Parts of the recovery in which they rise and fall anew.
 
     Returns:
         The scheduler.
     """
+    recoveries = bounds(plan.recover_steps, num_recoveries)
 
     def factor(variational: bool, step: int) -> float:
         done, length = plan.position(step)
+        if plan.phase_at(step) is Phase.RECOVER:
+            start, end = next(((a, b) for a, b in pairwise(recoveries) if a <= done < b), (0, length))
+            done, length = done - start, end - start
         if not variational:
             return rate_factor(done, length, warmup_steps=warmup_steps(length), decay=decay)
         if plan.phase_at(step) is not Phase.SPARSIFY:

@@ -134,14 +134,14 @@ class DropoutRateReport:
 
 @dataclass(frozen=True)
 class SizesReport:
-    """What sizes a run with a tolerance came through on its way down, and which it chose.
+    """What sizes a run with a tolerance tried, and which it chose.
 
     Args:
         metric: Name of the metric they were judged by, on the rows that choices are made on.
         dense: The dense model's.
         limit: The worst that was allowed.
         speedups: Dense over kept multiply-accumulates of each size, not falling.
-        values: Its metric when it was judged, after its share of the recovery.
+        values: Its metric after its part of the recovery.
         chosen: Index of the size that was chosen, None if none was good enough.
         final: Metric of what the run ended with.
     """

@@ -12,6 +12,7 @@ __all__ = [
     "Decay",
     "Phase",
     "PhasePlan",
+    "bounds",
     "default_kl_weight",
     "first_kl_weight",
     "kl_brake",
@@ -144,6 +145,23 @@ class PhasePlan:
             Phase.RECOVER: (self.recover_start, self.recover_steps),
         }[self.phase_at(step)]
         return step - start, length
+
+
+def bounds(num_steps: int, count: int) -> list[int]:
+    """Divide steps evenly.
+
+    Args:
+        num_steps: Number of steps, at least 0.
+        count: Number of parts, at least 1.
+
+    Returns:
+        First step of each part, and the end of the last.
+
+    Example:
+        >>> bounds(10, 4)
+        [0, 2, 5, 8, 10]
+    """
+    return [round(part * num_steps / count) for part in range(count + 1)]
 
 
 def rate_factor(step: int, num_steps: int, *, warmup_steps: int, decay: Decay) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As small as it gets while a metric holds: cut a little, train, judge; and go back to the last that would do."""
+"""As small as it gets while a metric holds: cut, recover, judge; smaller if it was good enough, else larger again."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.relevance import unit_relevance
-from hf_vdneuron.schedules import PhasePlan
+from hf_vdneuron.schedules import PhasePlan, bounds
 from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -27,17 +27,11 @@ __all__ = [
     "LIMIT",
     "ToleranceCallback",
     "last_logged",
-    "rungs_at",
     "size_mask",
+    "sizes_at",
 ]
 
 _LOGGER = logging.getLogger(__name__)
-
-#: Shares of what heads and neurons cost that are left at each rung: evenly down, and two small ones.
-LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-
-#: Share of the recovery in which the ladder is walked down; what is chosen trains on in the rest.
-WALKING_SHARE = 2 / 3
 
 #: What a run logs under these names: the metric of the dense model, with the metric's own name behind it; that of each
 #: size beside its speed-up; that of the dense model and the worst that was allowed beside the speed-up that was
@@ -46,24 +40,28 @@ DENSE_VALUE, CUT_VALUE, CUT_SPEEDUP = "size_dense", "size_value", "size_speedup"
 LIMIT, CHOSEN_SPEEDUP, FINAL_VALUE = "size_limit", "size_chosen", "size_final"
 
 
-def rungs_at(plan: PhasePlan, step: int) -> list[int]:
-    """List the rungs that a run comes to before an optimizer step.
+def sizes_at(plan: PhasePlan, step: int, num_sizes: int) -> list[int]:
+    """List the sizes that a run turns to before an optimizer step.
 
     Args:
         plan: Phases of the run.
         step: Steps done.
+        num_sizes: How many sizes it tries in all.
 
     Returns:
-        Indices into the ladder, in order; the one past its end judges the last rung. Several where the recovery has
-        fewer steps than the ladder rungs.
+        Their numbers, in order; the one past the last ends the search. Several where the recovery has fewer steps than
+        there are sizes.
 
     Example:
-        >>> plan = PhasePlan(30, 0, 150)
-        >>> rungs_at(plan, 30), rungs_at(plan, 40), rungs_at(plan, 41), rungs_at(plan, 130)
-        ([0], [1], [], [10])
+        >>> plan = PhasePlan(30, 0, 20)
+        >>> sizes_at(plan, 30, 2), sizes_at(plan, 40, 2), sizes_at(plan, 41, 2), sizes_at(plan, 50, 2)
+        ([0], [1], [], [2])
     """
-    every = WALKING_SHARE * plan.recover_steps / len(LADDER)
-    return [rung for rung in range(len(LADDER) + 1) if plan.recover_start + round(rung * every) == step]
+    return [
+        number
+        for number, start in enumerate(bounds(plan.recover_steps, num_sizes))
+        if plan.recover_start + start == step
+    ]
 
 
 def size_mask(
@@ -95,14 +93,19 @@ def size_mask(
 
 
 class ToleranceCallback(TrainerCallback):
-    """Walks down the ladder of sizes: cut, train, judge, and on as long as it is good enough.
+    """Looks for the smallest size that is good enough, by halving.
+
+    Each size is cut from the last good one, recovers in its part of the run, and is judged. A good one is followed by
+    a smaller one, a bad one by one between it and the last good one, to which the model goes back first. So what the
+    run ends with has been judged as it is.
 
     Args:
         keepsake: Holds the smallest model that was good enough.
         length: Tokens of a sequence for which costs are counted.
         judge: Function that evaluates the model as it is and returns the metric.
         dense: Function that looks up what the dense model was judged by it, None if it was not.
-        fit: Function that returns the model with its posterior.
+        fit: Function `(is_first) -> model` that returns the model with its posterior. A trained one is good for the
+            first size.
         log: Function that logs metrics of the model.
         on_size: Function `(speedup) -> None` that is told of every size that is good enough, while the model has it.
     """
@@ -114,7 +117,7 @@ class ToleranceCallback(TrainerCallback):
         *,
         judge: Callable[[], float],
         dense: Callable[[], float | None],
-        fit: Callable[[], nn.Module],
+        fit: Callable[[bool], nn.Module],
         log: Callable[[dict[str, float]], None],
         on_size: Callable[[float], None],
     ) -> None:
@@ -151,7 +154,7 @@ class ToleranceCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Keep the dense model at the start of the sparsification, and climb down where a rung is.
+        """Keep the dense model at the start of the sparsification, and turn to the next size where its part begins.
 
         Args:
             args: Arguments of the run.
@@ -161,11 +164,11 @@ class ToleranceCallback(TrainerCallback):
         plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
         if step == plan.sparsify_start:
             self._keep_dense_(model, args)
-        for rung in rungs_at(plan, step):
-            self._climb_(model, args, rung)
+        for number in sizes_at(plan, step, args.num_sizes):
+            self._turn_(model, args, number)
 
     def on_train_end(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
-        """Climb down where no step of recovery did, and hand back what was good enough if what is left is not.
+        """Judge the last size, or all of them where no step of recovery did, and say what the run ends with.
 
         Args:
             args: Arguments of the run.
@@ -175,31 +178,13 @@ class ToleranceCallback(TrainerCallback):
         plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
         if step < plan.sparsify_start + min(1, plan.sparsify_steps):
             return
-        if not self.keepsake.state:
+        if step == plan.sparsify_start:
             self._keep_dense_(model, args)
         # A run that was stopped on its way has a size to be judged; one that has not set out has them all.
         is_on_the_way = plan.recover_start < step
-        for rung in range(len(LADDER), len(LADDER) + 1) if is_on_the_way else range(len(LADDER) + 1):
-            self._climb_(model, args, rung)
-        tolerance, dense = self._terms(args)
-        final = self.judge()
-        if not tolerance.allows(final, dense):
-            _LOGGER.warning(
-                f"`{tolerance.metric}` fell to {final:.4g} while what was chosen trained on, and "
-                f"{tolerance.limit(dense):.4g} is the worst that `{args.goal}` allows: the model is as it was when it "
-                f"was chosen, with {self.keepsake.value:.4g}. A lower `learning_rate` may do better."
-            )
-            self.keepsake.give_back_(model)
-            final = self.keepsake.value
-        self.log({FINAL_VALUE: final})
-
-    def _terms(self, args: VDTrainingArguments) -> tuple[Tolerance, float]:
-        tolerance, dense = args.tolerance, self.dense()
-        if tolerance is None or dense is None:
-            raise RuntimeError(
-                "There is nothing to judge a size against: expected a tolerance and a dense model's metric."
-            )
-        return tolerance, dense
+        for number in range(args.num_sizes if is_on_the_way else 0, args.num_sizes + 1):
+            self._turn_(model, args, number)
+        self.log({FINAL_VALUE: self.keepsake.value})
 
     def _keep_dense_(self, model: nn.Module, args: VDTrainingArguments) -> None:
         """Judge the dense model, unless it was just scored on the same rows."""
@@ -207,38 +192,45 @@ class ToleranceCallback(TrainerCallback):
         if dense is None and args.tolerance is not None:
             dense = self.judge()
             self.log({f"{DENSE_VALUE}_{args.tolerance.metric}": dense})
-        self.keepsake.take_(model, dense or 0.0, self._speedup(model))
+        self.keepsake.forget_()
+        self.keepsake.take_(model, dense or 0.0, 1.0)
 
-    def _climb_(self, model: nn.Module, args: VDTrainingArguments, rung: int) -> None:
-        """Judge the rung that the model stands on, and cut it down to the next, unless the walk has ended."""
+    def _turn_(self, model: nn.Module, args: VDTrainingArguments, number: int) -> None:
+        """Judge the size that the model has, and cut the next one, unless the search has ended."""
         if self.keepsake.is_final:
             return
         if not self.keepsake.state:  # a posterior that a run with a target has saved
-            self.keepsake.take_(model, self.judge(), self._speedup(model))
-        if rung > 0 and not self._is_good_enough_(model, args):
-            self.keepsake.give_back_(model)
-            self._end_(args)
-        elif rung == len(LADDER):
-            self._end_(args)
+            self.keepsake.take_(model, self.judge(), 1.0)
+        if number > 0:
+            self._judge_size_(model, args)
+        if number < args.num_sizes:
+            posterior, share = self.fit(number == 0), self.keepsake.next_share
+            mask_model_(model, size_mask(model, posterior, share, length=self.length, alignment=args.alignment))
         else:
-            mask = size_mask(model, self.fit(), LADDER[rung], length=self.length, alignment=args.alignment)
-            mask_model_(model, mask)
+            self._end_(model, args)
 
-    def _is_good_enough_(self, model: nn.Module, args: VDTrainingArguments) -> bool:
+    def _terms(self, args: VDTrainingArguments) -> tuple[Tolerance, float]:
+        tolerance, dense = args.tolerance, self.dense()
+        if tolerance is None or dense is None:
+            raise RuntimeError("There is nothing to judge by: expected a tolerance and a metric of the dense model.")
+        return tolerance, dense
+
+    def _judge_size_(self, model: nn.Module, args: VDTrainingArguments) -> None:
         tolerance, dense = self._terms(args)
-        value, speedup = self.judge(), self._speedup(model)
+        value, speedup, share = self.judge(), self._speedup(model), self.keepsake.next_share
         self.log({CUT_SPEEDUP: speedup, CUT_VALUE: value})
-        if not tolerance.allows(value, dense):
-            return False
-        self.keepsake.take_(model, value, speedup)
-        self.on_size(speedup)
-        return True
+        if tolerance.allows(value, dense):
+            self.keepsake.take_(model, value, share)
+            self.on_size(speedup)
+        else:
+            self.keepsake.too_small = share
+            self.keepsake.give_back_(model)
 
-    def _end_(self, args: VDTrainingArguments) -> None:
+    def _end_(self, model: nn.Module, args: VDTrainingArguments) -> None:
         tolerance, dense = self._terms(args)
         self.keepsake.is_final = True
-        self.log({DENSE_VALUE: dense, LIMIT: tolerance.limit(dense), CHOSEN_SPEEDUP: self.keepsake.speedup})
-        if self.keepsake.speedup == 1:
+        self.log({DENSE_VALUE: dense, LIMIT: tolerance.limit(dense), CHOSEN_SPEEDUP: self._speedup(model)})
+        if self.keepsake.share_left == 1:
             _LOGGER.warning(
                 f"No size keeps `{tolerance.metric}` within {tolerance.allowed:g} of the dense model's {dense:.4g}, "
                 "so nothing is removed: allow more, or recover for longer."

@@ -112,9 +112,10 @@ class VDTrainer(JudgingTrainer):
             teacher.to(args.device).requires_grad_(False).eval()
         self.add_callback(self._phases)
         self._watch_tolerance_()
-        if args.removes and args.fractions[Phase.SPARSIFY] == 0:
+        is_trained = args.fractions[Phase.SPARSIFY] > 0
+        if args.removes and (args.tolerance is not None or not is_trained):
             require_known_patch(self.vd_config)
-        elif args.removes and self.train_dataset is not None:
+        if is_trained and self.train_dataset is not None:
             self.num_data  # noqa: B018  # refuses data of unknown length
 
     def call_model_init(self, trial: Trial | None = None) -> PreTrainedModel:
@@ -303,6 +304,7 @@ class VDTrainer(JudgingTrainer):
                 self.args.phase_plan(num_training_steps),
                 decay=self.args.decay,
                 warmup_steps=self.args.get_warmup_steps,
+                num_recoveries=1 if self.args.tolerance is None else self.args.num_sizes,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -383,9 +385,7 @@ class VDTrainer(JudgingTrainer):
         """Let only recovery compete for the best model of a sparsifying run: earlier ones have not been masked."""
         if self.args.removes and self.state.global_step <= self.plan.recover_start:
             return False
-        if self.args.tolerance is not None and not self._keepsake.is_final:
-            return False
-        # A tolerance names a metric too, which each of several sets has under the set's name.
-        if self.args.tolerance is not None and f"eval_{self.args.tolerance.metric}" not in metrics:
+        # A tolerance goes back to the best size itself.
+        if self.args.tolerance is not None:
             return False
         return super()._determine_best_metric(metrics, trial)

@@ -47,7 +47,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("target_speedup",), lambda value: value > 1, "a number above 1"),
     (("target_sparsity",), lambda value: 0 < value < 1, "a number between 0 and 1, without the two"),
     (
-        ("latency_batch_size", "target_params", "round_heads_to", "round_neurons_to"),
+        ("latency_batch_size", "target_params", "num_sizes", "round_heads_to", "round_neurons_to"),
         lambda value: value >= 1,
         "a number of at least 1",
     ),

@@ -26,9 +26,8 @@ from hf_vdneuron.tolerance import (
     CUT_VALUE,
     DENSE_VALUE,
     FINAL_VALUE,
-    LADDER,
-    rungs_at,
     size_mask,
+    sizes_at,
 )
 from hf_vdneuron.trainer import VDTrainer
 
@@ -48,7 +47,10 @@ def posterior(seed: int = 0) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("share_left", LADDER)
+SHARES = (0.9, 0.5, 0.3, 0.1, 0.03)
+
+
+@pytest.mark.parametrize("share_left", SHARES)
 def test_a_size_costs_what_it_says(share_left: float) -> None:
     model = posterior()
     costs = Costs(model, length=LENGTH)
@@ -59,7 +61,7 @@ def test_a_size_costs_what_it_says(share_left: float) -> None:
 
 def test_sizes_are_nested() -> None:
     model = posterior()
-    for share in LADDER:
+    for share in SHARES:
         before = read_mask(model).keep
         mask_model_(model, size_mask(model, model, share, length=LENGTH))
         assert not any((keep & ~before[path]).any() for path, keep in read_mask(model).keep.items())
@@ -73,16 +75,29 @@ def test_a_size_is_that_of_the_posterior_and_not_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("recover_steps", "expected"),
     [
-        pytest.param(150, {30 + 10 * rung: [rung] for rung in range(11)}, id="ten steps each"),
-        pytest.param(5, {30: [0, 1], 31: [2, 3, 4], 32: [5, 6, 7], 33: [8, 9, 10]}, id="fewer steps than rungs"),
-        pytest.param(0, {30: [*range(11)]}, id="no step"),
+        pytest.param(50, {30 + 10 * number: [number] for number in range(6)}, id="ten steps each"),
+        pytest.param(2, {30: [0, 1], 31: [2, 3], 32: [4, 5]}, id="fewer steps than sizes"),
+        pytest.param(0, {30: [*range(6)]}, id="no step"),
     ],
 )
-def test_when_rungs_are_climbed(recover_steps: int, expected: dict[int, list[int]]) -> None:
+def test_when_a_run_turns_to_a_size(recover_steps: int, expected: dict[int, list[int]]) -> None:
     plan = PhasePlan(20, 10, recover_steps)
-    found = {step: rungs for step in range(200) if (rungs := rungs_at(plan, step))}
+    found = {step: numbers for step in range(200) if (numbers := sizes_at(plan, step, 5))}
     assert found == expected
-    assert [rung for rungs in found.values() for rung in rungs] == [*range(len(LADDER) + 1)]
+    assert [number for numbers in found.values() for number in numbers] == [*range(6)]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.04, 0.3, 0.5, 0.77, 1.0])
+def test_halving_comes_as_near_as_it_can(threshold: float) -> None:
+    keepsake = Keepsake()
+    for _ in range(8):
+        share = keepsake.next_share
+        if share >= threshold:
+            keepsake.share_left = share
+        else:
+            keepsake.too_small = share
+    assert keepsake.too_small <= threshold <= keepsake.share_left
+    assert keepsake.share_left - keepsake.too_small == 1 / 2**8
 
 
 def test_a_keepsake_is_the_model_that_was_kept(tmp_path: Path) -> None:
@@ -92,14 +107,14 @@ def test_a_keepsake_is_the_model_that_was_kept(tmp_path: Path) -> None:
     Keepsake().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
     keepsake, loaded = Keepsake(), Keepsake()
-    keepsake.take_(model, 0.75, 1.9)
-    keepsake.is_final = True
+    keepsake.take_(model, 0.75, 0.5)
+    keepsake.is_final, keepsake.too_small = True, 0.25
     keepsake.save(tmp_path)
     with torch.no_grad():
         for value in model.state_dict(keep_vars=True).values():
             value.zero_()
     loaded.load_(tmp_path)
-    assert (loaded.value, loaded.speedup, loaded.is_final) == (0.75, 1.9, True)
+    assert (loaded.value, loaded.share_left, loaded.too_small, loaded.is_final) == (0.75, 0.5, 0.25, True)
     loaded.give_back_(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loaded.load_(tmp_path / "elsewhere")
@@ -134,13 +149,13 @@ def judged(tmp_path: Path, **options: Any) -> VDTrainer:
     return make_trainer(tmp_path, trainer_options=given, **options)
 
 
-#: A step for each rung, and five more; the posterior in closed form or trained.
-WALK = {"max_steps": 18, "finetune_fraction": 3.0, "recover_fraction": 15.0}
+#: Three steps for each of five sizes; the posterior in closed form or trained.
+SEARCH = {"max_steps": 18, "finetune_fraction": 3.0, "recover_fraction": 15.0}
 POSTERIORS = pytest.mark.parametrize(
     "how",
     [
-        pytest.param({**WALK, "sparsify_fraction": 0.0}, id="in closed form"),
-        pytest.param({**WALK, **PRUNING, "max_steps": 21, "sparsify_fraction": 3.0}, id="trained"),
+        pytest.param({**SEARCH, "sparsify_fraction": 0.0}, id="in closed form"),
+        pytest.param({**SEARCH, **PRUNING, "max_steps": 21, "sparsify_fraction": 3.0}, id="trained"),
     ],
 )
 
@@ -157,64 +172,73 @@ def logged(trainer: VDTrainer, name: str) -> list[float]:
 
 
 @POSTERIORS
-@pytest.mark.parametrize("num_good", [0, 1, 4, 10])
+@pytest.mark.parametrize(
+    ("verdicts", "shares"),
+    [
+        pytest.param("ggggg", [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32], id="all are good"),
+        pytest.param("gbgbg", [1 / 2, 1 / 4, 3 / 8, 5 / 16, 11 / 32], id="some are good"),
+        pytest.param("bbbbg", [1 / 2, 3 / 4, 7 / 8, 15 / 16, 31 / 32], id="only a large one is good"),
+    ],
+)
 def test_the_smallest_good_size_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], num_good: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], verdicts: str, shares: list[float]
 ) -> None:
-    # Before fine-tuning; each rung, until one is bad; the end. The dense model was scored on these rows already.
-    bad = [9.0] if num_good < len(LADDER) else []
-    left = play_(monkeypatch, [0.0, *[0.5] * num_good, *bad, 0.5])
+    # Once before fine-tuning. The dense model was scored on these rows already.
+    values = {"g": 0.5, "b": 9.0}
+    left = play_(monkeypatch, [0.0, *(values[verdict] for verdict in verdicts)])
     trainer = judged(tmp_path, max_loss_increase=1.0, **how)
     trainer.train()
     assert next(left, None) is None
     speedups = logged(trainer, CUT_SPEEDUP)
-    assert logged(trainer, CUT_VALUE) == [0.5] * num_good + bad
-    assert speedups == sorted(speedups)
-    assert all(1 / speedup <= share + 1e-9 for speedup, share in zip(speedups, LADDER, strict=False))
-    chosen = speedups[num_good - 1] if num_good else 1.0
+    assert logged(trainer, CUT_VALUE) == [values[verdict] for verdict in verdicts]
+    for speed, share in zip(speedups, shares, strict=True):
+        assert 1 / speed <= share + 1e-9
+    chosen = max(speed for speed, verdict in zip(speedups, verdicts, strict=True) if verdict == "g")
     assert logged(trainer, CHOSEN_SPEEDUP) == [chosen]
     assert logged(trainer, FINAL_VALUE) == [0.5]
     assert speedup(trainer.model, read_mask(trainer.model), length=trainer.max_length) == chosen
 
 
 @POSTERIORS
-def test_what_is_chosen_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
-    play_(monkeypatch, [0.0, 0.5, 0.5, 9.0, 0.5])
+def test_what_is_handed_back_is_what_was_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """To the last bit, though a worse one was trained behind it."""
+    play_(monkeypatch, [0.0, 0.5, 9.0, 9.0, 9.0, 9.0])
+    kept: list[dict[str, Tensor]] = []
+    take_ = Keepsake.take_
+    monkeypatch.setattr(Keepsake, "take_", lambda self, *given: (take_(self, *given), kept.append(self.state)))
     trainer = judged(tmp_path, max_loss_increase=1.0, **how)
-    kept: dict[str, Tensor] = {}
-    give_back_ = Keepsake.give_back_
-    monkeypatch.setattr(Keepsake, "give_back_", lambda self, model: kept.update(self.state) or give_back_(self, model))
     trainer.train()
     state = trainer.model.state_dict()
-    assert any(not torch.equal(state[name], value) for name, value in kept.items())
-    assert all(torch.equal(state[name], value) for name, value in kept.items() if ".keep_" in name)
+    assert len(kept) == 2  # the dense one, and one size
+    assert all(torch.equal(state[name], value) for name, value in kept[-1].items())
+    assert any(not torch.equal(value, kept[0][name]) for name, value in kept[-1].items())
 
 
 @POSTERIORS
-@pytest.mark.parametrize("num_good", [0, 2])
-def test_what_is_handed_back_was_good_enough(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    how: dict[str, Any],
-    num_good: int,
+def test_where_no_size_will_do_the_model_is_as_it_was_fine_tuned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
-    """A run that ends worse is as it was when it was chosen; with nothing chosen, as it was fine-tuned."""
-    play_(monkeypatch, [0.0, *[0.5] * num_good, 9.0, 7.0])
+    play_(monkeypatch, [0.0, *[9.0] * 5])
     trainer = judged(tmp_path, max_loss_increase=1.0, **how)
     trainer.train()
     monkeypatch.undo()
-    assert "`loss` fell to 7" in caplog.text
-    assert ("nothing is removed" in caplog.text) is (num_good == 0)
-    if num_good:
-        assert trainer.milestone(FINAL_VALUE) == 0.5
-    else:
-        dense = trainer.milestone("dense_loss")
-        assert trainer.milestone(FINAL_VALUE) == dense
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(dense, abs=1e-6)
-        teacher = trainer.teacher.state_dict()
-        dense_state = trainer.prune().state_dict()
-        assert all(torch.equal(value, teacher[name]) for name, value in dense_state.items())
+    assert "nothing is removed" in caplog.text
+    dense = trainer.milestone("dense_loss")
+    assert trainer.milestone(FINAL_VALUE) == dense
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(dense, abs=1e-6)
+    teacher = trainer.teacher.state_dict()
+    dense_state = trainer.prune().state_dict()
+    assert all(torch.equal(value, teacher[name]) for name, value in dense_state.items())
+
+
+def test_each_size_has_a_warm_up_and_a_decay(tmp_path: Path) -> None:
+    trainer = judged(tmp_path, max_loss_increase=1.0, sparsify_fraction=0.0, warmup_steps=1, **SEARCH)
+    trainer.train()
+    rates = [logs["learning_rate"] for logs in trainer.state.log_history if "learning_rate" in logs]
+    assert rates[3:] == pytest.approx(rates[3:6] * 5)
+    assert rates[3] > rates[5] > 0
 
 
 @POSTERIORS
@@ -237,13 +261,13 @@ def test_a_run_ends_within_its_tolerance(tmp_path: Path, how: dict[str, Any], op
 def test_without_recovery_every_size_is_judged_at_the_end(tmp_path: Path, how: dict[str, Any]) -> None:
     trainer = judged(tmp_path, max_loss_increase=100.0, **{**how, "recover_fraction": 0.0})
     trainer.train()
-    assert len(logged(trainer, CUT_VALUE)) == len(LADDER)
+    assert len(logged(trainer, CUT_VALUE)) == trainer.args.num_sizes
     assert trainer.milestone(FINAL_VALUE) == logged(trainer, CUT_VALUE)[-1]
 
 
 @pytest.mark.parametrize("stop", [2, 3, 6, 15])
 def test_a_run_that_is_stopped_is_judged(tmp_path: Path, stop: int) -> None:
-    trainer = judged(tmp_path, max_loss_increase=100.0, sparsify_fraction=0.0, **WALK)
+    trainer = judged(tmp_path, max_loss_increase=100.0, sparsify_fraction=0.0, **SEARCH)
     trainer.add_callback(StopAt(stop))
     trainer.train()
     now = speedup(trainer.model, read_mask(trainer.model), length=trainer.max_length)
@@ -257,7 +281,7 @@ def test_a_run_that_is_stopped_is_judged(tmp_path: Path, stop: int) -> None:
 
 @POSTERIORS
 def test_a_resumed_run_chooses_the_same(tmp_path: Path, how: dict[str, Any]) -> None:
-    """Before, on and after the ladder."""
+    """Before, within and at the end of the search."""
     folder = tmp_path / "whole"
 
     def run(output_dir: Path, resume_from: int | None = None) -> dict[str, Tensor]:
@@ -269,16 +293,16 @@ def test_a_resumed_run_chooses_the_same(tmp_path: Path, how: dict[str, Any]) -> 
     expected = run(folder)
     assert any(not keep.all() for name, keep in expected.items() if ".keep_" in name)
     last = how["max_steps"]
-    for step in (2, last - 15, last - 14, last - 12, last - 4):
+    for step in (2, last - 15, last - 12, last - 11, last - 1):
         state = run(tmp_path / str(step), step)
         assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
 def test_sizes_are_saved_as_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    play_(monkeypatch, [0.0, *[0.5] * 3, 9.0, 0.5])
-    trainer = judged(tmp_path, max_loss_increase=1.0, save_sizes=True, bf16=True, sparsify_fraction=0.0, **WALK)
+    play_(monkeypatch, [0.0, 0.5, 9.0, 0.5, 0.5, 9.0])
+    trainer = judged(tmp_path, max_loss_increase=1.0, save_sizes=True, bf16=True, sparsify_fraction=0.0, **SEARCH)
     trainer.train()
-    sizes = logged(trainer, CUT_SPEEDUP)[:3]
+    sizes = [speed for number, speed in enumerate(logged(trainer, CUT_SPEEDUP)) if number in (0, 2, 3)]
     folders = sorted((tmp_path / "sizes").iterdir())
     assert [folder.name for folder in folders] == [f"{size:.2f}x" for size in sizes]
     dense = Costs(tiny_bert(), length=trainer.max_length).macs({})
