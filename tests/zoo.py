@@ -172,21 +172,21 @@ def auto_class(row: str) -> type:
 
 
 @cache
-def _prototype(row: str) -> PreTrainedModel:
+def _prototype(row: str, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    return randomised_(auto_class(row).from_config(AutoConfig.for_model(ROWS[row].model_type, **ROWS[row].settings)))
+    config = AutoConfig.for_model(ROWS[row].model_type, **ROWS[row].settings)
+    # Some models cannot change it later on.
+    return randomised_(auto_class(row).from_config(config, attn_implementation=attention))
 
 
 def zoo_model(row: str, attention: str = "eager") -> PreTrainedModel:
     """Float32 model with a language head in evaluation mode, the same in every call."""
-    model = deepcopy(_prototype(row))
-    model.set_attn_implementation(attention)
-    return model
+    return deepcopy(_prototype(row, attention))
 
 
 def attentions(row: str) -> list[str]:
     """Ways to attend that the dense model knows; of T5's, one fails on the dense model too."""
-    model = _prototype(row)
+    model = _prototype(row, "eager")
     can = {"sdpa": model._supports_sdpa, "flex_attention": model._supports_flex_attn and "t5" not in row}
     return ["eager", *(name for name, supported in can.items() if supported)]
 
