@@ -94,7 +94,7 @@ class _HeadlessAttention(_StandIn):
         states = next((given[name] for name in _ENCODER_STATES if given.get(name) is not None), None)
         bias = self._position_bias(given)
         batch, num_queries, _ = hidden.shape
-        num_keys = self._fill_cache(given, hidden) if states is None else states.shape[1]
+        num_keys = self._fill_cache(given, hidden if states is None else states, is_cross=states is not None)
         output = hidden.new_zeros(batch, num_queries, 0)
         for child in self.children():
             if is_matrix(child) and child.get_parameter("weight").shape[1 - out_axis(child)] == 0:
@@ -108,17 +108,21 @@ class _HeadlessAttention(_StandIn):
         weights = hidden.new_zeros(batch, 0, num_queries, num_keys) if is_eager else None
         return (output, bias, weights) if hasattr(self, "compute_bias") else (output, weights)
 
-    def _fill_cache(self, given: dict[str, Any], hidden: Tensor) -> int:
-        """Let a cache count the positions, and return how many there are."""
-        batch, length, _ = hidden.shape
+    def _fill_cache(self, given: dict[str, Any], states: Tensor, *, is_cross: bool) -> int:
+        """Let a cache count the positions of what would make keys, and return how many there are."""
+        batch, length, _ = states.shape
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        if cache is None:
+        if cache is None or (is_cross and not isinstance(cache, EncoderDecoderCache)):
+            return length
+        index = next(getattr(self, name) for name in _LAYER_INDICES if hasattr(self, name))
+        if is_cross and cache.is_updated.get(index):
             return length
         if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
+            if is_cross:
+                cache.is_updated[index] = True
+            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
         # One head, not none: transformers reads the length of the sequence off layer 0, unless it is empty.
-        head = hidden.new_zeros(batch, 1, length, 1)
-        index = next(getattr(self, name) for name in _LAYER_INDICES if hasattr(self, name))
+        head = states.new_zeros(batch, 1, length, 1)
         return cache.update(head, head, index)[0].shape[2]
 
 
