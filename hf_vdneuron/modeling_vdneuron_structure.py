@@ -181,6 +181,16 @@ class PrunedStructure:
             ValueError: If the structure does not fit the model.
         """
         native, modules = PrunedStructure.of(model), dict(model.named_modules())
+        self._require_fits(native, modules)
+        for path, shape in self.shapes.items():
+            _resize_(model, path, shape)
+        for path in native.attributes:
+            modules[path].__dict__.update(self.attributes.get(path, {}))
+        for path, kept in self.heads.items():
+            modules[path].__dict__["kept_heads"] = list(kept)
+
+    def _require_fits(self, native: "PrunedStructure", modules: Mapping[str, nn.Module]) -> None:
+        """Compare everything with the native sizes and modules."""
         shares: dict[str, set[Fraction]] = {}  # of the rows that the layers right inside a module keep
         for path, shape in self.shapes.items():
             _check_shape(path, native.shapes.get(path, ()), shape)
@@ -191,15 +201,12 @@ class PrunedStructure:
         for path in {**self.attributes, **native.attributes}:
             counts, values = native.attributes.get(path, {}), self.attributes.get(path, {})
             _check_attributes(path, counts, values, shares.get(path, {Fraction(1)}))
+        for path, kept in shares.items():
+            _require(
+                len(kept) == 1, f"expected all layers of {reprlib.repr(path)} to keep the same share of their rows"
+            )
         for path in {**self.heads, **shares}:
             _check_heads(path, modules.get(path), self.heads.get(path), shares.get(path, set()))
-
-        for path, shape in self.shapes.items():
-            _resize_(model, path, shape)
-        for path in native.attributes:
-            modules[path].__dict__.update(self.attributes.get(path, {}))
-        for path, kept in self.heads.items():
-            modules[path].__dict__["kept_heads"] = list(kept)
 
 
 def native_class(cls: type) -> type:

@@ -177,3 +177,19 @@ def test_training_goes_on_without_any_unit(row: str) -> None:
     assert after.isfinite().all()
     assert not torch.equal(after, before)
     assert torch.equal(logits(deepcopy(model)), after)
+
+
+@rows
+def test_attentions_are_told_of_every_layer(row: str) -> None:
+    model = zoo_model(row)
+    mask = masks(model)["first_empty"]
+    left = []
+    for sublayer in find_sublayers(model):
+        if sublayer.unit is Unit.HEAD:
+            heads_per_unit = sublayer.out_side.slices[0].size // sublayer.sides[0].slices[0].size
+            left += [heads_per_unit * len(mask.kept_units(sublayer))] * sublayer.repeats
+    found = prune_model_(model, mask)(**zoo_batch(model), output_attentions=True)
+    names = ("encoder_attentions", "attentions", "decoder_attentions", "cross_attentions")
+    weights = [layer for name in names for layer in found.get(name) or ()]
+    assert sorted(layer.shape[1] for layer in weights) == sorted(left)
+    assert 0 in left
