@@ -17,6 +17,9 @@ from hf_vdneuron.sublayers import Sublayer
 
 __all__ = ["ARCHITECTURES", "find_sublayers"]
 
+#: What most models call their projections.
+_QKV = ("q_proj", "k_proj", "v_proj")
+
 # ---- Encoders ----
 
 _BERT_ATTENTION = AttentionLayout(
@@ -35,35 +38,21 @@ _BERT_CROSS_ATTENTION = replace(
     optional=True,
 )
 _BERT_FEED_FORWARD = FeedForwardLayout("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-
 _BERT = (Stack("encoder.layer", (_BERT_ATTENTION, _BERT_CROSS_ATTENTION, _BERT_FEED_FORWARD)),)
 
-_DISTILBERT = (
-    Stack(
-        "transformer.layer",
-        (
-            AttentionLayout(
-                core="attention",
-                qkv=("q_lin", "k_lin", "v_lin"),
-                output="attention.out_lin",
-                head_size="attention_head_size",
-                heads=("n_heads",),
-                widths=("dim",),
-            ),
-            FeedForwardLayout("ffn.lin1", "ffn.lin2", "ffn.activation"),
-        ),
-    ),
+_DISTILBERT_ATTENTION = AttentionLayout(
+    core="attention",
+    qkv=("q_lin", "k_lin", "v_lin"),
+    output="attention.out_lin",
+    head_size="attention_head_size",
+    heads=("n_heads",),
+    widths=("dim",),
 )
+_DISTILBERT_FEED_FORWARD = FeedForwardLayout("ffn.lin1", "ffn.lin2", "ffn.activation")
+_DISTILBERT = (Stack("transformer.layer", (_DISTILBERT_ATTENTION, _DISTILBERT_FEED_FORWARD)),)
 
-_MPNET = (
-    Stack(
-        "encoder.layer",
-        (
-            replace(_BERT_ATTENTION, core="attention.attn", qkv=("q", "k", "v"), output="attention.attn.o"),
-            _BERT_FEED_FORWARD,
-        ),
-    ),
-)
+_MPNET_ATTENTION = replace(_BERT_ATTENTION, core="attention.attn", qkv=("q", "k", "v"), output="attention.attn.o")
+_MPNET = (Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FEED_FORWARD)),)
 
 _ALBERT = (
     Stack(
@@ -76,98 +65,50 @@ _ALBERT = (
     ),
 )
 
-_DEBERTA = (
-    Stack(
-        "encoder.layer",
-        (
-            replace(
-                _BERT_ATTENTION,
-                qkv=("in_proj",),
-                interleaved=True,
-                positions=("pos_proj", "pos_q_proj"),
-                query_bias="q_bias",
-                value_bias="v_bias",
-                mixing=("talking_head",),
-            ),
-            _BERT_FEED_FORWARD,
-        ),
-    ),
+_DEBERTA_ATTENTION = replace(
+    _BERT_ATTENTION,
+    qkv=("in_proj",),
+    interleaved=True,
+    positions=("pos_proj", "pos_q_proj"),
+    query_bias="q_bias",
+    value_bias="v_bias",
+    mixing=("talking_head",),
 )
+_DEBERTA = (Stack("encoder.layer", (_DEBERTA_ATTENTION, _BERT_FEED_FORWARD)),)
 
-_DEBERTA_V2 = (
-    Stack(
-        "encoder.layer",
-        (
-            replace(
-                _BERT_ATTENTION,
-                qkv=("query_proj", "key_proj", "value_proj"),
-                positions=("pos_key_proj", "pos_query_proj"),
-            ),
-            _BERT_FEED_FORWARD,
-        ),
-    ),
+_DEBERTA_V2_ATTENTION = replace(
+    _BERT_ATTENTION,
+    qkv=("query_proj", "key_proj", "value_proj"),
+    positions=("pos_key_proj", "pos_query_proj"),
 )
+_DEBERTA_V2 = (Stack("encoder.layer", (_DEBERTA_V2_ATTENTION, _BERT_FEED_FORWARD)),)
 
-_MODERNBERT = (
-    Stack(
-        "layers",
-        (
-            AttentionLayout(core="attn", qkv=("Wqkv",), output="attn.Wo", head_size="head_dim"),
-            FeedForwardLayout("mlp.Wi", "mlp.Wo", gate="mlp.Wi"),
-        ),
-    ),
-)
+_MODERNBERT_ATTENTION = AttentionLayout(core="attn", qkv=("Wqkv",), output="attn.Wo", head_size="head_dim")
+_MODERNBERT = (Stack("layers", (_MODERNBERT_ATTENTION, FeedForwardLayout("mlp.Wi", "mlp.Wo", gate="mlp.Wi"))),)
 
 # ---- Decoders ----
 
-_GPT2 = (
-    Stack(
-        "h",
-        (
-            AttentionLayout(
-                core="attn",
-                qkv=("c_attn",),
-                output="attn.c_proj",
-                head_size="head_dim",
-                heads=("num_heads",),
-                widths=("split_size",),
-            ),
-            FeedForwardLayout("mlp.c_fc", "mlp.c_proj", "mlp.act"),
-        ),
-    ),
+_GPT2_ATTENTION = AttentionLayout(
+    core="attn",
+    qkv=("c_attn",),
+    output="attn.c_proj",
+    head_size="head_dim",
+    heads=("num_heads",),
+    widths=("split_size",),
 )
+_GPT2_FEED_FORWARD = FeedForwardLayout("mlp.c_fc", "mlp.c_proj", "mlp.act")
+_GPT2 = (Stack("h", (_GPT2_ATTENTION, _GPT2_FEED_FORWARD)),)
 
-_GPT_NEO = (
-    Stack(
-        "h",
-        (
-            AttentionLayout(
-                core="attn.attention",
-                qkv=("q_proj", "k_proj", "v_proj"),
-                output="attn.attention.out_proj",
-                head_size="head_dim",
-                heads=("num_heads",),
-            ),
-            FeedForwardLayout("mlp.c_fc", "mlp.c_proj", "mlp.act"),
-        ),
-    ),
+_GPT_NEO_ATTENTION = replace(
+    _GPT2_ATTENTION, core="attn.attention", qkv=_QKV, output="attn.attention.out_proj", widths=()
 )
+_GPT_NEO = (Stack("h", (_GPT_NEO_ATTENTION, _GPT2_FEED_FORWARD)),)
 
-_GPT_NEOX = (
-    Stack(
-        "layers",
-        (
-            AttentionLayout(
-                core="attention",
-                qkv=("query_key_value",),
-                output="attention.dense",
-                head_size="head_size",
-                interleaved=True,
-            ),
-            FeedForwardLayout("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act"),
-        ),
-    ),
+_GPT_NEOX_ATTENTION = AttentionLayout(
+    core="attention", qkv=("query_key_value",), output="attention.dense", head_size="head_size", interleaved=True
 )
+_GPT_NEOX_FEED_FORWARD = FeedForwardLayout("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act")
+_GPT_NEOX = (Stack("layers", (_GPT_NEOX_ATTENTION, _GPT_NEOX_FEED_FORWARD)),)
 
 _BLOOM_ATTENTION = AttentionLayout(
     core="self_attention",
@@ -179,66 +120,36 @@ _BLOOM_ATTENTION = AttentionLayout(
     interleaved=True,
     mixing=("slow_but_exact",),
 )
-_BLOOM = (
-    Stack("h", (_BLOOM_ATTENTION, FeedForwardLayout("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"))),
-)
-_FALCON = (
-    Stack(
-        "h",
-        (
-            replace(_BLOOM_ATTENTION, groups=("num_kv_heads",), mixing=()),
-            FeedForwardLayout("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act"),
-        ),
-    ),
-)
+_BLOOM = (Stack("h", (_BLOOM_ATTENTION, replace(_GPT_NEOX_FEED_FORWARD, activation="mlp.gelu_impl"))),)
+_FALCON = (Stack("h", (replace(_BLOOM_ATTENTION, groups=("num_kv_heads",), mixing=()), _GPT_NEOX_FEED_FORWARD)),)
 
-_LLAMA_ATTENTION = AttentionLayout(
-    core="self_attn", qkv=("q_proj", "k_proj", "v_proj"), output="self_attn.o_proj", head_size="head_dim"
-)
+_LLAMA_ATTENTION = AttentionLayout(core="self_attn", qkv=_QKV, output="self_attn.o_proj", head_size="head_dim")
 _LLAMA_FEED_FORWARD = FeedForwardLayout("mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj")
-
 _LLAMA = (Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FEED_FORWARD)),)
 
 _OLMO2 = (Stack("layers", (replace(_LLAMA_ATTENTION, norms=("q_norm", "k_norm")), _LLAMA_FEED_FORWARD)),)
 
-_PHI = (
-    Stack(
-        "layers",
-        (
-            replace(_LLAMA_ATTENTION, output="self_attn.dense"),
-            FeedForwardLayout("mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
-        ),
-    ),
-)
+_PHI_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.dense")
+_PHI_FEED_FORWARD = FeedForwardLayout("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
+_PHI = (Stack("layers", (_PHI_ATTENTION, _PHI_FEED_FORWARD)),)
 
-_PHI3 = (
-    Stack(
-        "layers",
-        (
-            replace(_LLAMA_ATTENTION, qkv=("qkv_proj",), groups=("num_key_value_heads",)),
-            FeedForwardLayout("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
-        ),
-    ),
-)
+_PHI3_ATTENTION = replace(_LLAMA_ATTENTION, qkv=("qkv_proj",), groups=("num_key_value_heads",))
+_PHI3_FEED_FORWARD = FeedForwardLayout("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
+_PHI3 = (Stack("layers", (_PHI3_ATTENTION, _PHI3_FEED_FORWARD)),)
 
 # ---- Encoders with decoders ----
 
 _BART_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.out_proj", heads=("num_heads",))
 _BART_CROSS_ATTENTION = replace(
-    _BART_ATTENTION,
-    core="encoder_attn",
-    output="encoder_attn.out_proj",
-    name="cross_attention",
-    optional=True,
+    _BART_ATTENTION, core="encoder_attn", output="encoder_attn.out_proj", name="cross_attention", optional=True
 )
 _BART_FEED_FORWARD = FeedForwardLayout("fc1", "fc2", "activation_fn")
-
-_OPT = (Stack("decoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD)),)
-
+_BART_DECODER = (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FEED_FORWARD)
 _BART = (
     Stack("encoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD), optional=True),
-    Stack("decoder.layers", (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FEED_FORWARD), optional=True),
+    Stack("decoder.layers", _BART_DECODER, optional=True),
 )
+_OPT = (Stack("decoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD)),)
 
 _T5_ATTENTION = AttentionLayout(
     core="layer.0.SelfAttention",
@@ -260,24 +171,54 @@ def _t5_feed_forward(path: str) -> tuple[FeedForwardLayout, FeedForwardLayout]:
     return plain, gated
 
 
-_T5 = (
-    Stack("encoder.block", (_T5_ATTENTION, *_t5_feed_forward("layer.1.DenseReluDense")), optional=True),
-    Stack(
-        "decoder.block",
-        (_T5_ATTENTION, _T5_CROSS_ATTENTION, *_t5_feed_forward("layer.2.DenseReluDense")),
-        optional=True,
-    ),
+_T5_ENCODER = (_T5_ATTENTION, *_t5_feed_forward("layer.1.DenseReluDense"))
+_T5_DECODER = (_T5_ATTENTION, _T5_CROSS_ATTENTION, *_t5_feed_forward("layer.2.DenseReluDense"))
+_T5 = (Stack("encoder.block", _T5_ENCODER, optional=True), Stack("decoder.block", _T5_DECODER, optional=True))
+
+# ---- Images and sound ----
+
+_VIT_ATTENTION = AttentionLayout(
+    core="attention", qkv=_QKV, output="attention.o_proj", head_size="head_dim", heads=("num_attention_heads",)
 )
+_VIT = (Stack("layers", (_VIT_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_DINOV2_FEED_FORWARDS = (replace(_PHI_FEED_FORWARD, optional=True), replace(_LLAMA_FEED_FORWARD, optional=True))
+_DINOV2 = (Stack("encoder.layer", (_VIT_ATTENTION, *_DINOV2_FEED_FORWARDS)),)
+
+_SWIN_ATTENTION = replace(_VIT_ATTENTION, bias_table="relative_position_bias.relative_position_bias_table")
+_SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_SEGFORMER_FEED_FORWARD = replace(_PHI_FEED_FORWARD, depthwise="mlp.dwconv.dwconv")
+_SEGFORMER = (Stack("stages.*.blocks", (_VIT_ATTENTION, _SEGFORMER_FEED_FORWARD)),)
+
+_CONVNEXT = (Stack("encoder.stages.*.layers", (FeedForwardLayout("pwconv1", "pwconv2", "act"),)),)
+
+_CLIP_LAYER = (_BART_ATTENTION, _PHI_FEED_FORWARD)
+_CLIP_TOWER = (Stack("encoder.layers", _CLIP_LAYER),)
+_CLIP = (Stack("text_model.encoder.layers", _CLIP_LAYER), Stack("vision_model.encoder.layers", _CLIP_LAYER))
+
+_WAV2VEC2_ATTENTION = replace(_BART_ATTENTION, core="attention", output="attention.out_proj")
+_WAV2VEC2_FEED_FORWARD = FeedForwardLayout(
+    "feed_forward.intermediate_dense", "feed_forward.output_dense", "feed_forward.intermediate_act_fn"
+)
+_WAV2VEC2 = (Stack("encoder.layers", (_WAV2VEC2_ATTENTION, _WAV2VEC2_FEED_FORWARD)),)
 
 #: `config.model_type` -> where its heads and neurons are.
 ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "albert": _ALBERT,
     "bart": _BART,
+    "beit": _VIT,
     "bert": _BERT,
     "bloom": _BLOOM,
     "camembert": _BERT,
+    "clip": _CLIP,
+    "clip_text_model": _CLIP_TOWER,
+    "clip_vision_model": _CLIP_TOWER,
+    "convnext": _CONVNEXT,
     "deberta": _DEBERTA,
     "deberta-v2": _DEBERTA_V2,
+    "deit": _VIT,
+    "dinov2": _DINOV2,
     "distilbert": _DISTILBERT,
     "electra": _BERT,
     "falcon": _FALCON,
@@ -288,6 +229,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
     "granite": _LLAMA,
+    "hubert": _WAV2VEC2,
     "llama": _LLAMA,
     "marian": _BART,
     "mbart": _BART,
@@ -303,8 +245,15 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "roberta": _BERT,
+    "segformer": _SEGFORMER,
+    "siglip": _CLIP,
+    "siglip_text_model": _CLIP_TOWER,
+    "siglip_vision_model": _CLIP_TOWER,
     "smollm3": _LLAMA,
+    "swin": _SWIN,
     "t5": _T5,
+    "vit": _VIT,
+    "wav2vec2": _WAV2VEC2,
     "whisper": _BART,
     "xlm-roberta": _BERT,
 }

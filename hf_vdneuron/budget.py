@@ -160,7 +160,8 @@ def _layer(model: nn.Module, losses: _Losses) -> _Layer:
     if part.role in (Role.NORM, Role.BIAS):
         module = model.get_submodule(part.module)
         held = list(module.parameters()) if part.role is Role.NORM else [module.get_parameter(part.parameter)]
-        return _Layer({Axis.OUT: len(held[0]) if held else 0}, 0, len(held), losses)
+        per_feature = sum(prod(parameter.shape[:-1]) for parameter in held)
+        return _Layer({Axis.OUT: held[0].shape[-1] if held else 0}, 0, per_feature, losses)
     layer = dense_layer(model, part.module)
     features = {axis: layer.weight.shape[feature_axis(layer, axis)] for axis in Axis}
     return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses)

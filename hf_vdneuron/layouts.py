@@ -34,6 +34,7 @@ class AttentionLayout:
             them.
         query_bias: Parameter of the core that is added to the queries.
         value_bias: Parameter of the core that is added to the values.
+        bias_table: Parameter below the core that holds a bias of attention scores for each head, along its last axis.
         norms: Norms in the core of queries and keys that take the mean over *all* heads. There a removed head has to
             count as zero, so that one ends only together with its queries and keys.
         mixing: Attributes of the core that say, where they are true, that heads are mixed and cannot be told apart.
@@ -52,6 +53,7 @@ class AttentionLayout:
     positions: tuple[str, ...] = ()
     query_bias: str | None = None
     value_bias: str | None = None
+    bias_table: str | None = None
     norms: tuple[str, str] | None = None
     mixing: tuple[str, ...] = ()
     name: str = "attention"
@@ -124,6 +126,9 @@ class AttentionLayout:
         for name, part in zip(self.norms or (), (query, key), strict=False):
             yield Slice(f"{core}.{name}", Role.NORM, Axis.OUT, part.size)
         yield from _bias(core, self.query_bias, query)
+        if self.bias_table is not None:
+            owner, _, name = f"{core}.{self.bias_table}".rpartition(".")
+            yield Slice(owner, Role.BIAS, Axis.OUT, query.size // key.size, parameter=name)
 
     def _require_separable(self, model: nn.Module, core: str, query: Slice) -> None:
         module = model.get_submodule(core)
@@ -151,6 +156,8 @@ class FeedForwardLayout:
         activation: Module or function applied to them, if there is no gate.
         gate: Linear layer whose rows, once activated, multiply the neurons; or that of the neurons again, if its first
             half makes gates and its second half neurons. Without its rows a neuron gives nothing, whatever its gate.
+        depthwise: Convolution of each neuron with itself between the two, if there is one. It is padded, so that a
+            constant does not stay one.
         name: Name of the sub-layer.
         optional: Whether some models of the type lack the block.
     """
@@ -159,6 +166,7 @@ class FeedForwardLayout:
     output: str
     activation: str | None = None
     gate: str | None = None
+    depthwise: str | None = None
     name: str = "feed_forward"
     optional: bool = False
 
@@ -178,15 +186,16 @@ class FeedForwardLayout:
         num_units = _num_features(model, columns)
         offset = num_units if self.gate == self.intermediate else 0
         rows = Slice(f"{layer}.{self.intermediate}", Role.INTERMEDIATE, Axis.OUT, offset=offset)
+        between = ((self.gate, Role.GATE), (self.depthwise, Role.DEPTHWISE))
         return Sublayer(
             path=f"{layer}.{self.name}",
             unit=Unit.NEURON,
             num_units=num_units,
             sides=(Side(SideName.IN, (rows,)), Side(SideName.OUT, (columns,))),
-            companions=(Slice(f"{layer}.{self.gate}", Role.GATE, Axis.OUT),) if self.gate else (),
+            companions=tuple(Slice(f"{layer}.{path}", role, Axis.OUT) for path, role in between if path),
             activations=(f"{layer}.{self.activation}",) if self.activation else (),
             # A bias of a gated neuron is multiplied by a gate that varies: no constant.
-            foldable=self.gate is None and dense_layer(model, columns.module).bias is not None,
+            foldable=not (self.gate or self.depthwise) and dense_layer(model, columns.module).bias is not None,
         )
 
 

@@ -58,12 +58,13 @@ _ATTRIBUTES = frozenset({
     "split_size",  # gpt2, bloom, falcon: the same
 })
 
-#: Parameters of attention modules themselves, and norms in them, that follow their number of heads.
+#: Parameters of attention modules themselves, norms and tables in them, whose last axis follows their number of heads.
 _VECTORS = frozenset({
     "q_bias",  # deberta
     "v_bias",  # deberta
     "q_norm.weight",  # olmo2: a norm over all heads
     "k_norm.weight",  # olmo2
+    "relative_position_bias.relative_position_bias_table",  # swin
 })
 
 #: Arguments of attention modules that hold a value for each head of the native model.
@@ -71,6 +72,9 @@ _BIASES_PER_HEAD = frozenset({
     "position_bias",  # t5, mpnet
     "alibi",  # bloom, falcon
 })
+
+#: Switches in a config that say that such values are part of the attention mask.
+_BIASED_MASKS = ("use_relative_position_bias", "use_shared_relative_position_bias")  # beit
 
 #: What a norm calls the number that keeps it from dividing by zero.
 _EPSILON = "variance_epsilon"
@@ -116,7 +120,7 @@ class PrunedStructure:
         """
         modules = dict(model.named_modules())
         counted = {path: sorted(_ATTRIBUTES & vars(module).keys()) for path, module in modules.items()}
-        vectors = {name: value for name, value in model.named_parameters() if _is_vector(name, value)}
+        vectors = {name: value for name, value in model.named_parameters() if _is_vector(name)}
         return cls(
             {
                 path: tuple(module.get_parameter("weight").shape)
@@ -193,8 +197,8 @@ class PrunedStructure:
         """Compare everything with the native sizes and modules."""
         shares: dict[str, set[Fraction]] = {}  # of the rows that the layers right inside a module keep
         for path, shape in self.shapes.items():
-            _check_shape(path, native.shapes.get(path, ()), shape)
-            axis = out_axis(modules.get(path))
+            _check_shape(path, native.shapes.get(path, ()), shape, _fixed_axes(modules.get(path)))
+            axis = out_axis(modules.get(path)) if path in modules else -1
             left, rows = shape[axis], native.shapes[path][axis]
             if left < rows:
                 shares.setdefault(_block(path), set()).add(Fraction(left, rows))
@@ -226,12 +230,16 @@ def _forward_arguments(native: type) -> tuple[str, ...]:
 
 def takes_bias_per_head(module: nn.Module) -> bool:
     """Tell whether a module is handed a bias for each head, and so has to know which ones it kept."""
-    return not _BIASES_PER_HEAD.isdisjoint(forward_arguments(type(module))) and _num_heads(module) is not None
+    in_mask = any(getattr(getattr(module, "config", None), switch, False) for switch in _BIASED_MASKS)
+    as_argument = not _BIASES_PER_HEAD.isdisjoint(forward_arguments(type(module)))
+    return (as_argument or in_mask) and _num_heads(module) is not None
 
 
 def is_matrix(module: nn.Module | None) -> bool:
-    """Tell whether a module is a layer that can shrink; grouped convolutions tie their two axes."""
-    return isinstance(module, tuple(FEATURE_COUNTS)) and getattr(module, "groups", 1) == 1
+    """Tell whether a module is a layer that can shrink; convolutions in few groups tie their two axes."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups in (1, module.in_channels)
+    return isinstance(module, tuple(FEATURE_COUNTS))
 
 
 def out_axis(module: nn.Module | None) -> int:
@@ -241,8 +249,8 @@ def out_axis(module: nn.Module | None) -> int:
 
 def _block(path: str) -> str:
     """Return the path of the module around a layer, or around the owner of a parameter that lies in no layer."""
-    is_in_norm = path.endswith("_norm.weight")
-    return path.rsplit(".", 2 if is_in_norm else 1)[0] if "." in path else ""
+    end = next((f".{end}" for end in _VECTORS if path.endswith(f".{end}")), f".{path.rpartition('.')[2]}")
+    return path.removesuffix(end) if "." in path else ""
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
@@ -254,8 +262,8 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
     )
 
 
-def _is_vector(name: str, value: nn.Parameter) -> bool:
-    return value.ndim == 1 and any(name.endswith(f".{end}") for end in _VECTORS)
+def _is_vector(name: str) -> bool:
+    return any(name.endswith(f".{end}") for end in _VECTORS)
 
 
 def _num_heads(module: nn.Module) -> int | None:
@@ -284,13 +292,20 @@ def _shape(value: object, path: str) -> tuple[int, ...]:
     return tuple(_count(size, path) for size in cast(list[object], value))
 
 
-def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...], fixed: slice) -> None:
     _require(len(native) > 0, f"this model has no layer {reprlib.repr(path)} that can shrink")
     is_smaller = len(shape) == len(native) and shape != native and all(map(int.__le__, shape, native))
     _require(
-        is_smaller and shape[2:] == native[2:],  # the kernel of a convolution keeps its size
+        is_smaller and shape[fixed] == native[fixed],
         f"expected a weight of {reprlib.repr(path)} smaller than {native}, got {reprlib.repr(shape)}",
     )
+
+
+def _fixed_axes(module: nn.Module | None) -> slice:
+    """Of a layer its kernel keeps its size; of a vector or table all axes but the last."""
+    if module is None:
+        return slice(-1)
+    return slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
 
 
 def _check_attributes(path: str, native: Mapping[str, int], values: Mapping[str, int], shares: set[Fraction]) -> None:
@@ -318,15 +333,22 @@ def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
     """Give a layer weights of another size. A layer built anew would lose its hooks, and warn if it is empty."""
     module, name = _owner(model, path)
     if name is not None:
-        rescale_epsilon_(module, len(module.get_parameter(name)), *shape)
+        rescale_epsilon_(module, module.get_parameter(name).shape[-1], shape[-1])
         _renew_(module, name, shape)
         return
     names = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(module, kind))
     for name, size in zip(names, shape, strict=False):  # a kernel is not counted
         setattr(module, name, size)
+    if getattr(module, "groups", 1) > 1:  # each channel makes one
+        module.__dict__.update(groups=shape[0], in_channels=shape[0])
     sizes = {"weight": shape, "bias": (shape[out_axis(module)],)}
     for name, _ in list(module.named_parameters(recurse=False)):
         _renew_(module, name, sizes[name])
+    bias = getattr(module, "bias", None)
+    if 0 in shape:  # some models would draw weights with a variance of one over their number
+        module.__dict__["_is_hf_initialized"] = True
+        if bias is not None:
+            nn.init.zeros_(bias)
 
 
 def rescale_epsilon_(module: nn.Module, before: int, after: int) -> None:

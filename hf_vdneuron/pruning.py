@@ -145,7 +145,7 @@ def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
     """Take features out of one module, in place."""
     if part.role is Role.BIAS:
         values = module.get_parameter(part.parameter)
-        _replace_(module, part.parameter, values[_others(len(values), gone).to(values.device)])
+        _replace_(module, part.parameter, values[..., _others(values.shape[-1], gone).to(values.device)])
         return
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         _cut_norm_(module, _others(module.num_features, gone))
@@ -161,6 +161,8 @@ def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
         _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])
     counts = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(layer, kind))
     setattr(layer, counts[axis], len(kept))
+    if part.role is Role.DEPTHWISE:
+        layer.in_channels = layer.groups = len(kept)
 
 
 def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:

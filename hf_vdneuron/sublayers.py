@@ -40,8 +40,10 @@ class Role(StrEnum):
     POSITION = "position"
     """Projection of relative positions to queries or keys."""
     BIAS = "bias"
-    """A bias that lies outside of its projection."""
+    """A bias that lies outside of its projection; its last axis runs over the features."""
     NORM = "norm"
+    DEPTHWISE = "depthwise"
+    """A convolution of each neuron with itself alone."""
 
 
 class Unit(StrEnum):

@@ -113,7 +113,7 @@ def test_chain_is_found_by_its_own_rules() -> None:
 
 def test_unsupported_model_type_lists_those_that_are() -> None:
     model = XLNetModel(XLNetConfig(vocab_size=8, d_model=8, n_layer=1, n_head=2, d_inner=8))
-    with pytest.raises(ValueError, match=r"`xlnet`.*albert, bart, bert.*, whisper, xlm-roberta"):
+    with pytest.raises(ValueError, match=r"`xlnet`.*albert, bart, beit.*, whisper, xlm-roberta"):
         find_sublayers(model)
 
 

@@ -10,6 +10,8 @@ from zoo import HEADS, KEYS, NEURONS, ROWS, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
+from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.sublayers import Role, Slice, Sublayer
 
 
@@ -99,6 +101,27 @@ def test_a_unit_of_grouped_queries_costs_its_key_and_all_its_heads() -> None:
     weights = 16 * (8 + 4 + 4 + 8)
     assert costs.weights({}) - costs.weights(one_less) == weights
     assert costs.macs({}) - costs.macs(one_less) == LENGTH * weights + 2 * LENGTH**2 * 8
+
+
+def test_neurons_behind_a_padded_convolution_end_where_they_are_read() -> None:
+    sublayer = block(zoo_model("segformer"), "feed_forward")
+    assert not sublayer.foldable
+    assert rows_of(sublayer, Role.DEPTHWISE, 5) == [5]
+    model = zoo_model("segformer")
+    none = torch.ones(2, sublayer.num_units, dtype=torch.bool)
+    none[1] = False
+    with pytest.raises(ValueError, match="keep at least one"):
+        prune_model_(model, RelevanceMask({sublayer.path: none}))
+    assert find_sublayers(model) == find_sublayers(zoo_model("segformer"))
+
+
+@pytest.mark.parametrize("side", ["text", "vision"])
+@pytest.mark.parametrize("pair", ["clip", "siglip"])
+def test_one_tower_of_two(pair: str, side: str) -> None:
+    both = zoo_model(pair)
+    tower = type(getattr(both, f"{side}_model"))(getattr(both.config, f"{side}_config"))
+    found = [f"{side}_model.{sublayer.path}" for sublayer in find_sublayers(tower)]
+    assert found == [sublayer.path for sublayer in find_sublayers(both) if sublayer.path.startswith(side)]
 
 
 def build(row: str, **changes: Any) -> PreTrainedModel:

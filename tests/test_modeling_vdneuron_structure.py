@@ -21,6 +21,7 @@ from hf_vdneuron.pruning import prune_model_
 T5 = "encoder.block.1.layer.0.SelfAttention"
 DEBERTA = "encoder.layer.1.attention.self"
 OLMO2 = "layers.1.self_attn"
+SWIN = "encoder.layers.0.blocks.1.attention.relative_position_bias.relative_position_bias_table"
 
 
 def pruned(row: str) -> PreTrainedModel:
@@ -61,6 +62,7 @@ def test_structure_says_which_heads_are_left() -> None:
         ("deberta", f"{DEBERTA}.v_bias"),
         ("deberta", f"{DEBERTA}.q_bias"),
         ("olmo2_ungrouped", f"{OLMO2}.q_norm.weight"),
+        ("swin", SWIN),
     ],
 )
 def test_structure_lists_parameters_outside_of_layers(row: str, path: str) -> None:
@@ -121,6 +123,11 @@ def test_attention_that_needs_heads_cannot_do_without() -> None:
         ("deberta", "embeddings.LayerNorm.weight", [8]),
         ("olmo2_ungrouped", f"{OLMO2}.q_norm.weight", [2]),
         ("olmo2", "norm.weight", [8]),
+        ("swin", SWIN, [8, 3]),
+        ("swin", SWIN, [9, 1]),
+        ("vit", "embeddings.position_embeddings", [1, 5, 8]),
+        ("segformer", "stages.0.blocks.0.mlp.dwconv.dwconv", [4, 0, 3, 3]),
+        ("segformer", "stages.0.blocks.0.mlp.dwconv.dwconv", [4, 1, 3, 1]),
         ("olmo2", "layers.0.post_attention_layernorm.weight", [8]),
         ("t5", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [8, 3]),
     ],

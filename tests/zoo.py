@@ -11,16 +11,20 @@ from models import randomised_
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForZeroShotImageClassification,
     PreTrainedModel,
 )
+from transformers.utils import ModelOutput
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.sublayers import Role, Unit
 
 
 HEADS, KEYS, NEURONS, VOCABULARY, TOKENS = 4, 2, 24, 40, 6
@@ -79,6 +83,50 @@ _MODERNBERT = {**_SIZES, "local_attention": 4, "cls_token_id": 2, "sep_token_id"
 _GPT2 = {**_SIZES, "n_embd": 16, "n_layer": 3, "n_head": HEADS, "n_inner": NEURONS, "n_positions": 32}
 _FALCON = {**_SIZES, "ffn_hidden_size": NEURONS, "multi_query": False}
 _BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 3, "n_head": HEADS}
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "intermediate_size": NEURONS,
+    "image_size": 8,
+    "patch_size": 4,
+    "layer_scale_init_value": 0.5,
+}
+_CLIP = {"text_config": _SIZES, "vision_config": {**_VIT, "num_hidden_layers": 2}, "projection_dim": 8}
+_WAV2VEC2 = {
+    **_SIZES,
+    "conv_dim": [8, 8],
+    "conv_kernel": [4, 4],
+    "conv_stride": [2, 2],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
+    "classifier_proj_size": 8,
+}
+_SWIN = {
+    "image_size": 8,
+    "patch_size": 1,
+    "embed_dim": 16,
+    "depths": [3],
+    "num_heads": [HEADS],
+    "window_size": 2,
+    "mlp_ratio": 1.5,
+    "drop_path_rate": 0.0,
+}
+_CONVNEXT = {"hidden_sizes": [8, 8], "depths": [1, 2], "num_stages": 2, "layer_scale_init_value": 0.5}
+_SEGFORMER = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 2],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [16, 16],
+    "num_attention_heads": [HEADS, HEADS],
+    "mlp_ratios": [2, 2],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "drop_path_rate": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +136,7 @@ class Row:
     Args:
         model_type: What its config says.
         settings: Sizes and switches of its config.
-        heads: Units of each attention block.
+        heads: Units of each attention block; 0 if there is none.
         neurons: Units of each feed-forward block.
         static: Whether the dense model can generate with a static cache.
     """
@@ -156,7 +204,21 @@ _SEQ2SEQ_LM = {
 }
 _SPEECH = {"whisper": Row("whisper", _WHISPER)}
 
-ROWS: dict[str, Row] = {**_MASKED_LM, **_CAUSAL_LM, **_SEQ2SEQ_LM, **_SPEECH}
+_IMAGES = {
+    "beit": Row("beit", {**_VIT, "use_relative_position_bias": True, "drop_path_rate": 0.0}),
+    "beit_shared": Row("beit", {**_VIT, "use_shared_relative_position_bias": True, "drop_path_rate": 0.0}),
+    "convnext": Row("convnext", _CONVNEXT, heads=0, neurons=32),
+    "deit": Row("deit", {**_VIT, "architectures": ["DeiTForImageClassification"]}),
+    "dinov2": Row("dinov2", {**_VIT, "mlp_ratio": 2}, neurons=32),
+    "dinov2_gated": Row("dinov2", {**_VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "segformer": Row("segformer", _SEGFORMER, neurons=32),
+    "swin": Row("swin", _SWIN),
+    "vit": Row("vit", _VIT),
+}
+_SOUND = {"hubert": Row("hubert", _WAV2VEC2), "wav2vec2": Row("wav2vec2", _WAV2VEC2)}
+_PAIRS = {"clip": Row("clip", _CLIP), "siglip": Row("siglip", _CLIP)}
+
+ROWS: dict[str, Row] = {**_MASKED_LM, **_CAUSAL_LM, **_SEQ2SEQ_LM, **_SPEECH, **_IMAGES, **_SOUND, **_PAIRS}
 GENERATING = (*_CAUSAL_LM, *_SEQ2SEQ_LM, *_SPEECH)
 
 _AUTO_CLASSES = {
@@ -164,6 +226,9 @@ _AUTO_CLASSES = {
     **dict.fromkeys(_CAUSAL_LM, AutoModelForCausalLM),
     **dict.fromkeys(_SEQ2SEQ_LM, AutoModelForSeq2SeqLM),
     **dict.fromkeys(_SPEECH, AutoModelForSpeechSeq2Seq),
+    **dict.fromkeys(_IMAGES, AutoModelForImageClassification),
+    **dict.fromkeys(_SOUND, AutoModelForAudioClassification),
+    **dict.fromkeys(_PAIRS, AutoModelForZeroShotImageClassification),
 }
 
 
@@ -191,23 +256,34 @@ def attentions(row: str) -> list[str]:
     return ["eager", *(name for name, supported in can.items() if supported)]
 
 
-def zoo_batch(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sequences, the second one shorter, and what the model should say of them."""
+def zoo_batch(model: PreTrainedModel) -> dict[str, Any]:
+    """Two sequences, the second one shorter, two images or two sounds, and what the model should say of them."""
     ids = torch.arange(4, 4 + 2 * TOKENS).view(2, TOKENS)
     mask = torch.ones_like(ids).index_put_((torch.tensor(1), torch.tensor([4, 5])), torch.tensor(0))
-    labels = ids + 3
+    random = torch.Generator().manual_seed(0)
     if model.main_input_name == "input_features":
-        sound = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
-        return {"input_features": sound, "labels": labels}
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {"input_features": torch.randn(2, 4, 32, generator=random), "labels": ids + 3}
+    if model.main_input_name == "input_values":
+        return {"input_values": torch.randn(2, 64, generator=random), "labels": torch.tensor([0, 1])}
+    images = torch.randn(2, 3, 8, 8, generator=random)
+    if hasattr(model, "vision_model"):
+        return {"input_ids": ids, "attention_mask": mask, "pixel_values": images, "return_loss": True}
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": images, "labels": torch.tensor([0, 1])}
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids + 3}
+
+
+def answer(output: ModelOutput) -> Tensor:
+    """What a model says, by whichever name."""
+    return output["logits" if "logits" in output else "logits_per_image"]
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    """Logits at attended positions, in evaluation mode."""
+    """Logits in evaluation mode, of attended positions if there are some to each."""
     inputs = zoo_batch(model)
-    found = model.eval()(**inputs).logits
-    is_masked = "attention_mask" in inputs and not model.config.is_encoder_decoder
+    found = answer(model.eval()(**inputs))
+    is_masked = found.ndim > 2 and "attention_mask" in inputs and not model.config.is_encoder_decoder
     return found[inputs["attention_mask"].bool()] if is_masked else found
 
 
@@ -218,7 +294,7 @@ def masks(model: nn.Module) -> dict[str, RelevanceMask]:
     neurons = [sublayer.path for sublayer in sublayers if sublayer.unit is Unit.NEURON]
     emptied: dict[str, Callable[[str], bool]] = {
         "ragged": lambda path: False,
-        "first_empty": lambda path: path in (heads[0], neurons[-1]),
+        "first_empty": lambda path: path in (*heads[:1], neurons[-1]),
         "last_empty": lambda path: path in (*heads[-2:], neurons[0]),
         "all_empty": lambda path: True,
     }
@@ -231,7 +307,8 @@ def _mask(sublayers: Iterable[Any], is_empty: Callable[[str], bool]) -> Relevanc
     for sublayer in sublayers:
         kept = torch.rand(2, sublayer.num_units, generator=random) > 0.3
         kept[:, 0] = True
-        if is_empty(sublayer.path):
+        has_convolution = any(part.role is Role.DEPTHWISE for part in sublayer.slices)  # which needs a channel
+        if is_empty(sublayer.path) and not has_convolution:
             kept[torch.randint(2, (sublayer.num_units,), generator=random), torch.arange(sublayer.num_units)] = False
         if not sublayer.foldable:
             kept[1] &= kept[0]
