@@ -2,207 +2,260 @@
 """Where each model type keeps its heads and neurons: one row per layout, and nothing else knows.
 
 To add an architecture, write its row and put its model types into `ARCHITECTURES`; patching, pruning, saving and the
-exactness tests then work for it.
+exactness tests then work for it. `layouts` says what the words of a row mean.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.chains import find_chain_sublayers
-from hf_vdneuron.sublayers import Axis, Role, Side, SideName, Slice, Sublayer, Unit
+from hf_vdneuron.layouts import AttentionLayout, FeedForwardLayout, Stack
+from hf_vdneuron.sublayers import Sublayer
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "AttentionLayout", "FeedForwardLayout", "find_sublayers"]
+__all__ = ["ARCHITECTURES", "find_sublayers"]
 
+#: What most models call their projections.
+_QKV = ("q_proj", "k_proj", "v_proj")
 
-@dataclass(frozen=True)
-class AttentionLayout:
-    """Where an attention block keeps its heads. Paths are relative to one transformer layer.
-
-    Args:
-        query: Linear layer whose rows are the heads' queries.
-        key: The same for keys.
-        value: The same for values.
-        output: Linear layer whose columns read the heads.
-        core: Module that computes attention and cannot run without a head.
-        head_size: Attribute of `core` that holds the size of one head.
-        num_heads: Attribute of `core` that holds the number of heads.
-        width: Attribute of `core` that holds the number of heads times their size.
-        name: Name of the sub-layer.
-        optional: Whether some models of the type lack the block.
-    """
-
-    query: str
-    key: str
-    value: str
-    output: str
-    core: str
-    head_size: str
-    num_heads: str
-    width: str
-    name: str = "attention"
-    optional: bool = False
-
-    def sublayer(self, model: nn.Module, layer: str) -> Sublayer | None:
-        """Locate the block in one layer of a model.
-
-        Args:
-            model: Model that the paths start from.
-            layer: Path of the transformer layer.
-
-        Returns:
-            The sub-layer, or None if the layer lacks it.
-        """
-        if self.optional and not hasattr(model.get_submodule(layer), self.core.partition(".")[0]):
-            return None
-        core = f"{layer}.{self.core}"
-        size = getattr(model.get_submodule(core), self.head_size)
-        rows = {
-            role: Slice(f"{layer}.{path}", role, Axis.OUT, size)
-            for role, path in ((Role.QUERY, self.query), (Role.KEY, self.key), (Role.VALUE, self.value))
-        }
-        columns = Slice(f"{layer}.{self.output}", Role.ATTENTION_OUTPUT, Axis.IN, size)
-        return Sublayer(
-            path=f"{layer}.{self.name}",
-            unit=Unit.HEAD,
-            num_units=_num_rows(model, rows[Role.VALUE]) // size,
-            sides=(Side(SideName.IN, (rows[Role.VALUE],)), Side(SideName.OUT, (columns,))),
-            companions=(rows[Role.QUERY], rows[Role.KEY]),
-            attributes=((core, self.num_heads, 1), (core, self.width, size)),
-            attention=core,
-        )
-
-
-@dataclass(frozen=True)
-class FeedForwardLayout:
-    """Where a feed-forward block keeps its neurons. Paths are relative to one transformer layer.
-
-    Args:
-        intermediate: Linear layer whose rows are the neurons.
-        activation: Module or function applied to them.
-        output: Linear layer whose columns read the neurons.
-        name: Name of the sub-layer.
-    """
-
-    intermediate: str
-    activation: str
-    output: str
-    name: str = "feed_forward"
-
-    def sublayer(self, model: nn.Module, layer: str) -> Sublayer:
-        """Locate the block in one layer of a model.
-
-        Args:
-            model: Model that the paths start from.
-            layer: Path of the transformer layer.
-
-        Returns:
-            The sub-layer.
-        """
-        rows = Slice(f"{layer}.{self.intermediate}", Role.INTERMEDIATE, Axis.OUT)
-        columns = Slice(f"{layer}.{self.output}", Role.OUTPUT, Axis.IN)
-        return Sublayer(
-            path=f"{layer}.{self.name}",
-            unit=Unit.NEURON,
-            num_units=_num_rows(model, rows),
-            sides=(Side(SideName.IN, (rows,)), Side(SideName.OUT, (columns,))),
-            activations=(f"{layer}.{self.activation}",),
-        )
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row of the table: the layers of a model and what each holds.
-
-    Args:
-        layers: Path of the module list of layers, relative to the base model.
-        blocks: Layouts of the blocks in each layer, in the order of the forward pass.
-    """
-
-    layers: str
-    blocks: tuple[AttentionLayout | FeedForwardLayout, ...]
-
-    def sublayers(self, model: nn.Module, prefix: str = "") -> Iterator[Sublayer]:
-        """Locate all blocks of a model.
-
-        Args:
-            model: Model that the paths start from.
-            prefix: Path of the base model in it, empty or ending in a dot.
-
-        Yields:
-            The sub-layers, in the order of the forward pass.
-        """
-        root = f"{prefix}{self.layers}"
-        for index, _ in model.get_submodule(root).named_children():
-            for block in self.blocks:
-                sublayer = block.sublayer(model, f"{root}.{index}")
-                if sublayer is not None:
-                    yield sublayer
-
-
-def _num_rows(model: nn.Module, rows: Slice) -> int:
-    return model.get_parameter(f"{rows.module}.weight").shape[0]
-
+# ---- Encoders ----
 
 _BERT_ATTENTION = AttentionLayout(
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    output="attention.output.dense",
     core="attention.self",
+    qkv=("query", "key", "value"),
+    output="attention.output.dense",
     head_size="attention_head_size",
-    num_heads="num_attention_heads",
-    width="all_head_size",
+    heads=("num_attention_heads",),
+    widths=("all_head_size",),
 )
-
-_BERT_CROSS_ATTENTION = AttentionLayout(
-    query="crossattention.self.query",
-    key="crossattention.self.key",
-    value="crossattention.self.value",
-    output="crossattention.output.dense",
+_BERT_CROSS_ATTENTION = replace(
+    _BERT_ATTENTION,
     core="crossattention.self",
-    head_size="attention_head_size",
-    num_heads="num_attention_heads",
-    width="all_head_size",
+    output="crossattention.output.dense",
     name="cross_attention",
     optional=True,
 )
+_BERT_FEED_FORWARD = FeedForwardLayout("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
+_BERT = (Stack("encoder.layer", (_BERT_ATTENTION, _BERT_CROSS_ATTENTION, _BERT_FEED_FORWARD)),)
 
-_BERT = Architecture(
-    layers="encoder.layer",
-    blocks=(
-        _BERT_ATTENTION,
-        _BERT_CROSS_ATTENTION,
-        FeedForwardLayout("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
-    ),
+_DISTILBERT_ATTENTION = AttentionLayout(
+    core="attention",
+    qkv=("q_lin", "k_lin", "v_lin"),
+    output="attention.out_lin",
+    head_size="attention_head_size",
+    heads=("n_heads",),
+    widths=("dim",),
 )
+_DISTILBERT_FEED_FORWARD = FeedForwardLayout("ffn.lin1", "ffn.lin2", "ffn.activation")
+_DISTILBERT = (Stack("transformer.layer", (_DISTILBERT_ATTENTION, _DISTILBERT_FEED_FORWARD)),)
 
-_DISTILBERT = Architecture(
-    layers="transformer.layer",
-    blocks=(
-        AttentionLayout(
-            query="attention.q_lin",
-            key="attention.k_lin",
-            value="attention.v_lin",
-            output="attention.out_lin",
-            core="attention",
-            head_size="attention_head_size",
-            num_heads="n_heads",
-            width="dim",
+_MPNET_ATTENTION = replace(_BERT_ATTENTION, core="attention.attn", qkv=("q", "k", "v"), output="attention.attn.o")
+_MPNET = (Stack("encoder.layer", (_MPNET_ATTENTION, _BERT_FEED_FORWARD)),)
+
+_ALBERT = (
+    Stack(
+        "encoder.albert_layer_groups.*.albert_layers",
+        (
+            replace(_BERT_ATTENTION, core="attention", output="attention.dense"),
+            FeedForwardLayout("ffn", "ffn_output", "activation"),
         ),
-        FeedForwardLayout("ffn.lin1", "ffn.activation", "ffn.lin2"),
+        shared=("num_hidden_layers", "num_hidden_groups"),
     ),
 )
+
+_DEBERTA_ATTENTION = replace(
+    _BERT_ATTENTION,
+    qkv=("in_proj",),
+    interleaved=True,
+    positions=("pos_proj", "pos_q_proj"),
+    query_bias="q_bias",
+    value_bias="v_bias",
+    mixing=("talking_head",),
+)
+_DEBERTA = (Stack("encoder.layer", (_DEBERTA_ATTENTION, _BERT_FEED_FORWARD)),)
+
+_DEBERTA_V2_ATTENTION = replace(
+    _BERT_ATTENTION,
+    qkv=("query_proj", "key_proj", "value_proj"),
+    positions=("pos_key_proj", "pos_query_proj"),
+)
+_DEBERTA_V2 = (Stack("encoder.layer", (_DEBERTA_V2_ATTENTION, _BERT_FEED_FORWARD)),)
+
+_MODERNBERT_ATTENTION = AttentionLayout(core="attn", qkv=("Wqkv",), output="attn.Wo", head_size="head_dim")
+_MODERNBERT = (Stack("layers", (_MODERNBERT_ATTENTION, FeedForwardLayout("mlp.Wi", "mlp.Wo", gate="mlp.Wi"))),)
+
+# ---- Decoders ----
+
+_GPT2_ATTENTION = AttentionLayout(
+    core="attn",
+    qkv=("c_attn",),
+    output="attn.c_proj",
+    head_size="head_dim",
+    heads=("num_heads",),
+    widths=("split_size",),
+)
+_GPT2_FEED_FORWARD = FeedForwardLayout("mlp.c_fc", "mlp.c_proj", "mlp.act")
+_GPT2 = (Stack("h", (_GPT2_ATTENTION, _GPT2_FEED_FORWARD)),)
+
+_GPT_NEO_ATTENTION = replace(
+    _GPT2_ATTENTION, core="attn.attention", qkv=_QKV, output="attn.attention.out_proj", widths=()
+)
+_GPT_NEO = (Stack("h", (_GPT_NEO_ATTENTION, _GPT2_FEED_FORWARD)),)
+
+_GPT_NEOX_ATTENTION = AttentionLayout(
+    core="attention", qkv=("query_key_value",), output="attention.dense", head_size="head_size", interleaved=True
+)
+_GPT_NEOX_FEED_FORWARD = FeedForwardLayout("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act")
+_GPT_NEOX = (Stack("layers", (_GPT_NEOX_ATTENTION, _GPT_NEOX_FEED_FORWARD)),)
+
+_BLOOM_ATTENTION = AttentionLayout(
+    core="self_attention",
+    qkv=("query_key_value",),
+    output="self_attention.dense",
+    head_size="head_dim",
+    heads=("num_heads",),
+    widths=("split_size",),
+    interleaved=True,
+    mixing=("slow_but_exact",),
+)
+_BLOOM = (Stack("h", (_BLOOM_ATTENTION, replace(_GPT_NEOX_FEED_FORWARD, activation="mlp.gelu_impl"))),)
+_FALCON = (Stack("h", (replace(_BLOOM_ATTENTION, groups=("num_kv_heads",), mixing=()), _GPT_NEOX_FEED_FORWARD)),)
+
+_LLAMA_ATTENTION = AttentionLayout(core="self_attn", qkv=_QKV, output="self_attn.o_proj", head_size="head_dim")
+_LLAMA_FEED_FORWARD = FeedForwardLayout("mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj")
+_LLAMA = (Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FEED_FORWARD)),)
+
+_OLMO2 = (Stack("layers", (replace(_LLAMA_ATTENTION, norms=("q_norm", "k_norm")), _LLAMA_FEED_FORWARD)),)
+
+_PHI_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.dense")
+_PHI_FEED_FORWARD = FeedForwardLayout("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
+_PHI = (Stack("layers", (_PHI_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_PHI3_ATTENTION = replace(_LLAMA_ATTENTION, qkv=("qkv_proj",), groups=("num_key_value_heads",))
+_PHI3_FEED_FORWARD = FeedForwardLayout("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
+_PHI3 = (Stack("layers", (_PHI3_ATTENTION, _PHI3_FEED_FORWARD)),)
+
+# ---- Encoders with decoders ----
+
+_BART_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.out_proj", heads=("num_heads",))
+_BART_CROSS_ATTENTION = replace(
+    _BART_ATTENTION, core="encoder_attn", output="encoder_attn.out_proj", name="cross_attention", optional=True
+)
+_BART_FEED_FORWARD = FeedForwardLayout("fc1", "fc2", "activation_fn")
+_BART_DECODER = (_BART_ATTENTION, _BART_CROSS_ATTENTION, _BART_FEED_FORWARD)
+_BART = (
+    Stack("encoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD), optional=True),
+    Stack("decoder.layers", _BART_DECODER, optional=True),
+)
+_OPT = (Stack("decoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD)),)
+
+_T5_ATTENTION = AttentionLayout(
+    core="layer.0.SelfAttention",
+    qkv=("q", "k", "v"),
+    output="layer.0.SelfAttention.o",
+    head_size="key_value_proj_dim",
+    heads=("n_heads",),
+    widths=("inner_dim",),
+)
+_T5_CROSS_ATTENTION = replace(
+    _T5_ATTENTION, core="layer.1.EncDecAttention", output="layer.1.EncDecAttention.o", name="cross_attention"
+)
+
+
+def _t5_feed_forward(path: str) -> tuple[FeedForwardLayout, FeedForwardLayout]:
+    """T5 has one kind of block, its successors the other."""
+    plain = FeedForwardLayout(f"{path}.wi", f"{path}.wo", f"{path}.act", optional=True)
+    gated = FeedForwardLayout(f"{path}.wi_1", f"{path}.wo", gate=f"{path}.wi_0", optional=True)
+    return plain, gated
+
+
+_T5_ENCODER = (_T5_ATTENTION, *_t5_feed_forward("layer.1.DenseReluDense"))
+_T5_DECODER = (_T5_ATTENTION, _T5_CROSS_ATTENTION, *_t5_feed_forward("layer.2.DenseReluDense"))
+_T5 = (Stack("encoder.block", _T5_ENCODER, optional=True), Stack("decoder.block", _T5_DECODER, optional=True))
+
+# ---- Images and sound ----
+
+_VIT_ATTENTION = AttentionLayout(
+    core="attention", qkv=_QKV, output="attention.o_proj", head_size="head_dim", heads=("num_attention_heads",)
+)
+_VIT = (Stack("layers", (_VIT_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_DINOV2_FEED_FORWARDS = (replace(_PHI_FEED_FORWARD, optional=True), replace(_LLAMA_FEED_FORWARD, optional=True))
+_DINOV2 = (Stack("encoder.layer", (_VIT_ATTENTION, *_DINOV2_FEED_FORWARDS)),)
+
+_SWIN_ATTENTION = replace(_VIT_ATTENTION, bias_table="relative_position_bias.relative_position_bias_table")
+_SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_SEGFORMER_FEED_FORWARD = replace(_PHI_FEED_FORWARD, depthwise="mlp.dwconv.dwconv")
+_SEGFORMER = (Stack("stages.*.blocks", (_VIT_ATTENTION, _SEGFORMER_FEED_FORWARD)),)
+
+_CONVNEXT = (Stack("encoder.stages.*.layers", (FeedForwardLayout("pwconv1", "pwconv2", "act"),)),)
+
+_CLIP_LAYER = (_BART_ATTENTION, _PHI_FEED_FORWARD)
+_CLIP_TOWER = (Stack("encoder.layers", _CLIP_LAYER),)
+_CLIP = (Stack("text_model.encoder.layers", _CLIP_LAYER), Stack("vision_model.encoder.layers", _CLIP_LAYER))
+
+_WAV2VEC2_ATTENTION = replace(_BART_ATTENTION, core="attention", output="attention.out_proj")
+_WAV2VEC2_FEED_FORWARD = FeedForwardLayout(
+    "feed_forward.intermediate_dense", "feed_forward.output_dense", "feed_forward.intermediate_act_fn"
+)
+_WAV2VEC2 = (Stack("encoder.layers", (_WAV2VEC2_ATTENTION, _WAV2VEC2_FEED_FORWARD)),)
 
 #: `config.model_type` -> where its heads and neurons are.
-ARCHITECTURES: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
+    "albert": _ALBERT,
+    "bart": _BART,
+    "beit": _VIT,
     "bert": _BERT,
+    "bloom": _BLOOM,
+    "camembert": _BERT,
+    "clip": _CLIP,
+    "clip_text_model": _CLIP_TOWER,
+    "clip_vision_model": _CLIP_TOWER,
+    "convnext": _CONVNEXT,
+    "deberta": _DEBERTA,
+    "deberta-v2": _DEBERTA_V2,
+    "deit": _VIT,
+    "dinov2": _DINOV2,
     "distilbert": _DISTILBERT,
     "electra": _BERT,
+    "falcon": _FALCON,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_neo": _GPT_NEO,
+    "gpt_neox": _GPT_NEOX,
+    "granite": _LLAMA,
+    "hubert": _WAV2VEC2,
+    "llama": _LLAMA,
+    "marian": _BART,
+    "mbart": _BART,
+    "mistral": _LLAMA,
+    "modernbert": _MODERNBERT,
+    "mpnet": _MPNET,
+    "mt5": _T5,
+    "olmo2": _OLMO2,
+    "opt": _OPT,
+    "pegasus": _BART,
+    "phi": _PHI,
+    "phi3": _PHI3,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "roberta": _BERT,
+    "segformer": _SEGFORMER,
+    "siglip": _CLIP,
+    "siglip_text_model": _CLIP_TOWER,
+    "siglip_vision_model": _CLIP_TOWER,
+    "smollm3": _LLAMA,
+    "swin": _SWIN,
+    "t5": _T5,
+    "vit": _VIT,
+    "wav2vec2": _WAV2VEC2,
+    "whisper": _BART,
+    "xlm-roberta": _BERT,
 }
 
 
@@ -219,7 +272,7 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
 
     Raises:
         TypeError: If the model is neither.
-        ValueError: If its model type is not in the table.
+        ValueError: If its model type is not in the table, or its heads cannot be removed exactly.
     """
     if isinstance(model, nn.Sequential):
         return find_chain_sublayers(model)
@@ -228,11 +281,12 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
             f"Cannot find heads and neurons in a `{type(model).__name__}`: expected a transformers model or an "
             "`nn.Sequential`."
         )
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None:
+    stacks = ARCHITECTURES.get(model.config.model_type)
+    if stacks is None:
         raise ValueError(
             f"Model type `{model.config.model_type}` is not supported. Supported: {', '.join(sorted(ARCHITECTURES))}. "
             "To add it, write its row in `hf_vdneuron/architectures.py`."
         )
     prefix = model.base_model_prefix
-    return list(architecture.sublayers(model, f"{prefix}." if prefix and hasattr(model, prefix) else ""))
+    root = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    return [sublayer for stack in stacks for sublayer in stack.sublayers(model, root)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a structure costs, and which heads and neurons to keep so that it costs no more than was asked for."""
+"""What a structure costs, and what it may cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import variational_parameters
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Axis, Role, Sublayer, Unit
+from hf_vdneuron.sublayers import Axis, Role, Slice, Sublayer, Unit
 
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
 
 #: Path of a sub-layer -> units left in it; not whole where it is an expectation. Those that are missing are complete.
 UnitCounts = Mapping[str, float]
+
+#: Sub-layers that take features from a layer, and which ones.
+_Losses = tuple[tuple[Sublayer, Slice], ...]
 
 _KEEP_ALL = RelevanceMask({})
 
@@ -53,24 +56,28 @@ class _Layer:
         features: Number of its features along each axis.
         per_pair: Weights per pair of an output and an input feature: the kernel's size; 0 for a norm.
         per_output: Parameters per output feature: its bias, or what a norm holds.
-        losses: Sub-layer, axis, and the features that one of its units owns.
+        losses: Sub-layers, and the features that their units own.
     """
 
     features: Mapping[Axis, int]
     per_pair: int
     per_output: int
-    losses: tuple[tuple[Sublayer, Axis, int], ...]
+    losses: _Losses
 
     def left(self, counts: UnitCounts) -> Mapping[Axis, float]:
         """Number of features left along each axis."""
         left: dict[Axis, float] = dict(self.features)
-        for sublayer, axis, size in self.losses:
-            left[axis] -= (sublayer.num_units - counts.get(sublayer.path, sublayer.num_units)) * size
+        for sublayer, part in self.losses:
+            left[part.axis] -= (sublayer.num_units - counts.get(sublayer.path, sublayer.num_units)) * part.size
         return left
 
     def weights(self, counts: UnitCounts) -> float:
         """Weights left, those of norms and biases not among them."""
         return self.per_pair * prod(self.left(counts).values())
+
+    def products(self, counts: UnitCounts) -> float:
+        """Multiply-accumulates left per position: several passes can go through one layer."""
+        return self.weights(counts) * max(sublayer.repeats for sublayer, _ in self.losses)
 
     def parameters(self, counts: UnitCounts) -> float:
         """Parameters left."""
@@ -91,16 +98,11 @@ class Costs:
     def __init__(self, model: nn.Module, *, length: int) -> None:
         self.length = length
         self.sublayers = find_sublayers(model)
-        losses: dict[str, list[tuple[Sublayer, Axis, int]]] = {}
-        norms = set()
+        losses: dict[tuple[str, str], list[tuple[Sublayer, Slice]]] = {}
         for sublayer in self.sublayers:
             for part in sublayer.slices:
-                losses.setdefault(part.module, []).append((sublayer, part.axis, part.size))
-                if part.role is Role.NORM:
-                    norms.add(part.module)
-        self._layers = [
-            (_norm if path in norms else _matrix)(model, path, tuple(parts)) for path, parts in losses.items()
-        ]
+                losses.setdefault((part.module, part.parameter), []).append((sublayer, part))
+        self._layers = [_layer(model, tuple(parts)) for parts in losses.values()]
         own = variational_parameters(model)
         total = sum(parameter.numel() for parameter in model.parameters() if parameter not in own)
         self._elsewhere = total - sum(layer.parameters({}) for layer in self._layers)
@@ -139,22 +141,24 @@ class Costs:
             Their number for one sequence.
         """
         width = sum(
-            counts.get(sublayer.path, sublayer.num_units) * sublayer.sides[0].slices[0].size
+            counts.get(sublayer.path, sublayer.num_units) * sublayer.out_side.slices[0].size * sublayer.repeats
             for sublayer in self.sublayers
             if sublayer.unit is Unit.HEAD
         )
-        return self.length * self.weights(counts) + 2 * self.length**2 * width
+        products = sum(layer.products(counts) for layer in self._layers)
+        return self.length * products + 2 * self.length**2 * width
 
 
-def _matrix(model: nn.Module, path: str, losses: tuple[tuple[Sublayer, Axis, int], ...]) -> _Layer:
-    layer = dense_layer(model, path)
+def _layer(model: nn.Module, losses: _Losses) -> _Layer:
+    part = losses[0][1]
+    if part.role in (Role.NORM, Role.BIAS):
+        module = model.get_submodule(part.module)
+        held = list(module.parameters()) if part.role is Role.NORM else [module.get_parameter(part.parameter)]
+        per_feature = sum(prod(parameter.shape[:-1]) for parameter in held)
+        return _Layer({Axis.OUT: held[0].shape[-1] if held else 0}, 0, per_feature, losses)
+    layer = dense_layer(model, part.module)
     features = {axis: layer.weight.shape[feature_axis(layer, axis)] for axis in Axis}
     return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses)
-
-
-def _norm(model: nn.Module, path: str, losses: tuple[tuple[Sublayer, Axis, int], ...]) -> _Layer:
-    parameters = list(model.get_submodule(path).parameters())
-    return _Layer({Axis.OUT: len(parameters[0]) if parameters else 0}, 0, len(parameters), losses)
 
 
 def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:

@@ -15,9 +15,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the second
     HTTPError,
 )
 from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from hf_vdneuron import config, modeling_vdneuron
+from hf_vdneuron import config
+from hf_vdneuron.modeling_vdneuron import CODE_FILES
 
 
 __all__ = ["push_folder", "uploadable_files"]
@@ -41,7 +43,7 @@ _ALLOWED_PATTERNS = (
     *_WEIGHT_PATTERNS,
     CONFIG_NAME,
     "generation_config.json",
-    f"{Path(modeling_vdneuron.__file__).stem}.py",
+    *(path.name for path in CODE_FILES),
     config.FILE_NAME,
     # The tokenizer
     "tokenizer*.json",
@@ -214,7 +216,9 @@ def _named_files(files: Mapping[str, Path]) -> set[str]:
         shards = _read_json(files[SAFE_WEIGHTS_INDEX_NAME]).get("weight_map")
         names |= {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
     if CONFIG_NAME in files and _read_json(files[CONFIG_NAME]).get("vdneuron") is not None:
-        names.add(Path(modeling_vdneuron.__file__).name)
+        code = CODE_FILES[0].name
+        needed = get_relative_imports(files[code]) if code in files else []  # none, where an earlier version saved it
+        names |= {code, *(f"{name}.py" for name in needed)}
     return names
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.functional import PriorStatistics, local_reparameterization, second_moment
@@ -23,6 +24,7 @@ __all__ = [
     "DenseLayer",
     "VDConv1d",
     "VDConv2d",
+    "VDFalconLinear",
     "VDLinear",
     "VDTransposedLinear",
     "VariationalLayer",
@@ -222,6 +224,13 @@ class VDLinear(VariationalLayer, nn.Linear):  # type: ignore[misc]  # the dense 
         return F.linear(inputs, weight, bias)
 
 
+class VDFalconLinear(VariationalLayer, FalconLinear):  # type: ignore[misc]  # as above
+    """Falcon's linear layer with a posterior: it adds its bias in a step of its own, and computes the same."""
+
+    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight, bias)
+
+
 class VDTransposedLinear(VariationalLayer, Conv1D):  # type: ignore[misc]  # the dense class types its bias more loosely
     """GPT-2's `Conv1D` with a posterior: a linear layer whose `weight` has shape `(in_features, out_features)`."""
 
@@ -246,6 +255,7 @@ class VDConv2d(VariationalLayer, nn.Conv2d):
 #: Dense class -> variational class. Exact classes only: a subclass may compute something else.
 VARIATIONAL_CLASSES: dict[type[nn.Module], type[VariationalLayer]] = {
     nn.Linear: VDLinear,
+    FalconLinear: VDFalconLinear,
     Conv1D: VDTransposedLinear,
     nn.Conv1d: VDConv1d,
     nn.Conv2d: VDConv2d,

@@ -110,12 +110,15 @@ def mask_model_(model: nn.Module, mask: RelevanceMask) -> nn.Module:
     """
     sublayers = find_sublayers(model)
     mask.require_fits(sublayers)
+    by_feature: dict[tuple[DenseLayer, Axis], Tensor] = {}  # two sides can have a slice in common
     for sublayer in sublayers:
         if sublayer.path not in mask.keep:
             continue
         for side, keep in zip(sublayer.sides, mask.keep[sublayer.path], strict=True):
             for module, axis, spread in _slice_masks(model, side, keep):
-                _zero_(module, axis, spread)
+                by_feature[module, axis] = spread & by_feature.get((module, axis), spread)
+    for (module, axis), keep in by_feature.items():
+        _zero_(module, axis, keep)
     return model
 
 
@@ -155,13 +158,13 @@ def _carried_mask(model: nn.Module, part: Slice) -> Tensor | None:
 
 
 def _read_side(model: nn.Module, side: Side, num_units: int) -> Tensor:
-    kept = torch.ones(num_units, dtype=torch.bool)
+    kept = torch.zeros(num_units, dtype=torch.bool)  # a side ends where all of its slices do
     for part in side.slices:
         by_feature = _carried_mask(model, part)
         if by_feature is None:
             layer = dense_layer(model, part.module)
             by_feature = layer.weight.movedim(feature_axis(layer, part.axis), 0).flatten(1).any(1)
-        kept &= by_feature.cpu()[part.features(torch.arange(num_units))].any(1)
+        kept |= by_feature.cpu()[part.features(torch.arange(num_units))].any(1)
     return kept
 
 

@@ -39,11 +39,16 @@ class _Claim:
 
     key: str
     part: Slice
-    num_units: int
+    sublayer: Sublayer
 
     def feature_group(self) -> Tensor:
-        """Tell the unit of each feature, shape `(num_units * size,)`."""
-        return self.part.spread(torch.arange(self.num_units), self.num_units * self.part.size, elsewhere=-1)
+        """Tell the unit of each feature, shape `(num_features,)`: of a fused matrix, in all slices that it holds."""
+        units = torch.arange(self.sublayer.num_units)
+        held = [
+            part for part in self.sublayer.matrices if (part.module, part.axis) == (self.part.module, self.part.axis)
+        ]
+        num_features = self.sublayer.num_units * sum(part.size for part in held)
+        return torch.stack([part.spread(units, num_features, elsewhere=-1) for part in held]).amax(0)
 
 
 def _claims(sublayer: Sublayer, config: VDConfig) -> Iterator[_Claim]:
@@ -53,12 +58,12 @@ def _claims(sublayer: Sublayer, config: VDConfig) -> Iterator[_Claim]:
         if side.name is SideName.IN or config.grouping is not Grouping.ROWS:
             key = sublayer.path if coupled else f"{sublayer.path}.{side.name.value}"
             for part in side.slices:
-                yield _Claim(key, part, sublayer.num_units)
+                yield _Claim(key, part, sublayer)
     if config.query_key:
         key = sublayer.path if coupled else f"{sublayer.path}.query_key"
         for part in sublayer.companions:
             if part.role in (Role.QUERY, Role.KEY):
-                yield _Claim(key, part, sublayer.num_units)
+                yield _Claim(key, part, sublayer)
 
 
 def _assign(sublayers: list[Sublayer], config: VDConfig) -> dict[str, _Claim]:
@@ -142,7 +147,7 @@ def patch_model_(model: nn.Module, config: VDConfig | None = None) -> nn.Module:
         masked.setdefault(part.module, set()).add(part.axis)
     for path, claim in _assign(sublayers, config).items():
         layer = dense_layer(model, path)
-        prior = PRIORS[config.prior](claim.feature_group(), num_groups=claim.num_units, key=claim.key)
+        prior = PRIORS[config.prior](claim.feature_group(), num_groups=claim.sublayer.num_units, key=claim.key)
         make_variational_(
             layer,
             prior.to(layer.weight.device),

@@ -90,8 +90,9 @@ def _read_weights(
 
 def _require_complete(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Check that nothing of the cut layers starts anew: a head or a pooler may, but they were saved for certain."""
-    layers = {key: key.removeprefix(f"{model.base_model_prefix}.").rpartition(".")[0] for key in missing}
-    lost = sorted(key for key, layer in layers.items() if layer in model.config.vdneuron["shapes"])
+    paths = {key: key.removeprefix(f"{model.base_model_prefix}.") for key in missing}
+    cut = model.config.vdneuron["shapes"].keys()
+    lost = sorted(key for key, path in paths.items() if not cut.isdisjoint((path, path.rpartition(".")[0])))
     if lost:
         raise ValueError(f"its files lack the weights {reprlib.repr(lost)}")
 

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
-from hf_vdneuron.modeling_vdneuron import FEATURE_COUNTS
+from hf_vdneuron.modeling_vdneuron_structure import FEATURE_COUNTS, rescale_epsilon_, takes_bias_per_head
 from hf_vdneuron.patching import unpatch_model_
 from hf_vdneuron.structure import as_pruned_model_
-from hf_vdneuron.sublayers import Axis, Slice, Sublayer
+from hf_vdneuron.sublayers import Axis, Role, Slice, Sublayer
 
 
 __all__ = ["prune_model_"]
@@ -69,10 +69,27 @@ def _remove_units_(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
     removed = torch.ones(sublayer.num_units, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
     if sublayer.foldable:
         _fold_constant_(model, sublayer, removed)
+    # All slices of a fused matrix at once, as each cut moves the features behind it.
+    fused: dict[tuple[str, str], list[Slice]] = {}
     for part in sublayer.slices:
-        _cut_(model.get_submodule(part.module), part, removed)
+        fused.setdefault((part.module, part.parameter), []).append(part)
+    for parts in fused.values():
+        gone = torch.cat([part.features(removed).flatten() for part in parts])
+        _cut_(model.get_submodule(parts[0].module), parts[0], gone)
+    if sublayer.attention is not None:
+        _remember_heads_(model.get_submodule(sublayer.attention), sublayer, kept)
     for path, attribute, factor in sublayer.attributes:
         setattr(model.get_submodule(path), attribute, factor * len(kept))
+
+
+def _remember_heads_(attention: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
+    """Let attention know which of its native heads it kept, if it is handed a bias for each of them."""
+    if not takes_bias_per_head(attention):
+        return
+    heads_per_unit = sublayer.out_side.slices[0].size // sublayer.sides[0].slices[0].size
+    heads = (kept.unsqueeze(1) * heads_per_unit + torch.arange(heads_per_unit)).flatten().tolist()
+    before = getattr(attention, "kept_heads", range(sublayer.num_units * heads_per_unit))
+    vars(attention)["kept_heads"] = [before[head] for head in heads]
 
 
 def _fold_constant_(model: nn.Module, sublayer: Sublayer, removed: Tensor) -> None:
@@ -80,11 +97,11 @@ def _fold_constant_(model: nn.Module, sublayer: Sublayer, removed: Tensor) -> No
 
     A unit with a zero out-side emits something that nothing reads, and its product below is zero.
     """
-    (made,), (read,) = (side.slices for side in sublayer.sides)
+    made, read = (side.slices[0] for side in sublayer.sides)
     reader = dense_layer(model, read.module)
     constant = _constant(model, sublayer)[made.features(removed)]
-    # A flattened map gives its reader several features per unit, and each holds the same constant.
-    constant = constant.repeat_interleave(read.size // made.size, dim=1).flatten()
+    # A flattened map gives its reader several features per unit, and a value goes to several heads: the same to each.
+    constant = constant.repeat(1, read.size // made.size).flatten()
     columns = _select(reader, Axis.IN, read.features(removed).flatten())
     weight = columns.t() if isinstance(reader, Conv1D) else columns.flatten(2).sum(2) if columns.ndim > 2 else columns
     reader.bias.add_(weight @ constant)  # type: ignore[union-attr]  # a foldable sub-layer's reader has a bias
@@ -92,11 +109,15 @@ def _fold_constant_(model: nn.Module, sublayer: Sublayer, removed: Tensor) -> No
 
 def _constant(model: nn.Module, sublayer: Sublayer) -> Tensor:
     """Compute what units with zero in-side weights emit: `act(bias)`, or the value bias, shape `(num_features,)`."""
-    (made,) = sublayer.sides[0].slices
+    made = sublayer.sides[0].slices[0]
     maker = dense_layer(model, made.module)
     bias = (
         maker.weight.new_zeros(maker.weight.shape[feature_axis(maker, Axis.OUT)]) if maker.bias is None else maker.bias
     )
+    if sublayer.constant is not None:
+        outside = model.get_submodule(sublayer.constant.module).get_parameter(sublayer.constant.parameter)
+        rows = made.features(torch.arange(sublayer.num_units)).flatten().to(bias.device)
+        bias = bias.index_add(0, rows, outside)
     is_map = isinstance(maker, nn.Conv1d | nn.Conv2d)
     # A copy, as an activation may work in place.
     signal = bias.detach().clone().view(1, -1, *(1,) * (maker.weight.ndim - 2 if is_map else 0))
@@ -120,18 +141,28 @@ def _select(layer: DenseLayer, axis: Axis, features: Tensor) -> Tensor:
     return layer.weight.index_select(feature_axis(layer, axis), features.to(layer.weight.device))
 
 
-def _cut_(module: nn.Module, part: Slice, removed: Tensor) -> None:
-    """Take the removed units' features out of one module, in place."""
+def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
+    """Take features out of one module, in place."""
+    if part.role is Role.BIAS:
+        values = module.get_parameter(part.parameter)
+        _replace_(module, part.parameter, values[..., _others(values.shape[-1], gone).to(values.device)])
+        return
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        _cut_norm_(module, _others(module.num_features, part, removed))
+        _cut_norm_(module, _others(module.num_features, gone))
+        return
+    if part.role is Role.NORM:
+        _cut_joint_norm_(module, gone)
         return
     layer = dense_layer(module, "")
     axis = feature_axis(layer, part.axis)
-    kept = _others(layer.weight.shape[axis], part, removed)
+    kept = _others(layer.weight.shape[axis], gone)
     _replace_(layer, "weight", _select(layer, part.axis, kept))
     if part.axis is Axis.OUT and layer.bias is not None:
         _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])
-    setattr(layer, FEATURE_COUNTS[type(layer)][axis], len(kept))
+    counts = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(layer, kind))
+    setattr(layer, counts[axis], len(kept))
+    if part.role is Role.DEPTHWISE:
+        layer.in_channels = layer.groups = len(kept)
 
 
 def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:
@@ -142,14 +173,22 @@ def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:
     norm.num_features = len(kept)
 
 
-def _others(num_features: int, part: Slice, removed: Tensor) -> Tensor:
-    """List the features that do not belong to the removed units."""
-    return (
-        torch
-        .ones(num_features, dtype=torch.bool)
-        .index_fill_(0, part.features(removed).flatten(), False)
-        .nonzero()[:, 0]
-    )
+def _cut_joint_norm_(norm: nn.Module, gone: Tensor) -> None:
+    r"""Take features that are zero out of a norm over all of them, where :math:`n` of :math:`m` are left.
+
+    .. math::
+        \frac{w x}{\sqrt{\tfrac1m \sum x^2 + \epsilon}}
+        = \frac{\sqrt{m / n}\, w x}{\sqrt{\tfrac1n \sum x^2 + \tfrac mn \epsilon}}
+    """
+    weight = norm.get_parameter("weight")
+    kept = _others(len(weight), gone)
+    _replace_(norm, "weight", weight[kept.to(weight.device)] * (len(weight) / max(1, len(kept))) ** 0.5)
+    rescale_epsilon_(norm, len(weight), len(kept))
+
+
+def _others(num_features: int, gone: Tensor) -> Tensor:
+    """List the features that stay."""
+    return torch.ones(num_features, dtype=torch.bool).index_fill_(0, gone, False).nonzero()[:, 0]
 
 
 def _replace_(module: nn.Module, name: str, values: Tensor) -> None:

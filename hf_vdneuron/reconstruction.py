@@ -60,15 +60,15 @@ def reconstruct_(
         has_changed |= sublayer.num_units < complete.num_units
         if not has_changed:
             continue
-        (part,) = sublayer.out_side.slices
+        part = sublayer.out_side.slices[0]
         reader, original = dense_layer(model, part.module), dense_layer(dense, part.module)
         if sublayer.num_units and isinstance(reader, nn.Linear | Conv1D) and reader.bias is not None:
             moments = _Moments(reader)
             for batch in batches:
-                inputs, _ = _pass(model, reader, batch)
-                _, outputs = _pass(dense, original, batch)
-                attended = _attended(batch, inputs)
-                moments.add(inputs[attended], outputs[attended])
+                made, wanted = (_passes(*one, batch, sublayer.repeats) for one in ((model, reader), (dense, original)))
+                for (inputs, _), (_, outputs) in zip(made, wanted, strict=True):
+                    attended = _attended(batch, inputs)
+                    moments.add(inputs[attended], outputs[attended])
             moments.solve_(reader, ridge)
     return model
 
@@ -120,24 +120,25 @@ def _weight(reader: DenseLayer) -> Tensor:
 
 
 class _Reached(Exception):  # no error: it ends a forward where all that was asked of it is known
-    """Carries what went into a layer and what came out of it."""
-
-    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
-        super().__init__()
-        self.inputs, self.outputs = inputs, outputs
+    """What went into a layer, and what came out of it, is known for all of its passes."""
 
 
-def _pass(model: nn.Module, layer: DenseLayer, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a batch as far as a layer, and catch what goes into it and what comes out."""
+def _passes(
+    model: nn.Module, layer: DenseLayer, batch: Mapping[str, Any], repeats: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a batch as far as the last pass through a layer, and catch what goes into it and what comes out."""
+    passes: list[tuple[Tensor, Tensor]] = []
 
-    def stop(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        raise _Reached(inputs[0], outputs)
+    def catch(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        passes.append((inputs[0], outputs))
+        if len(passes) == repeats:
+            raise _Reached
 
-    with layer.register_forward_hook(stop):
+    with layer.register_forward_hook(catch):
         try:
             model(**batch)
-        except _Reached as reached:
-            return reached.inputs, reached.outputs
+        except _Reached:
+            return passes
     raise ValueError(
         f"A forward of `{type(model).__name__}` never comes to `{layer}`: expected batches that it reads."
     )

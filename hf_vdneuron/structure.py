@@ -53,6 +53,7 @@ def find_structure(model: PreTrainedModel) -> PrunedStructure:
     structure = PrunedStructure(
         {path: shape for path, shape in cut.shapes.items() if shape != dense.shapes.get(path)},
         {path: values for path, values in cut.attributes.items() if values != dense.attributes.get(path)},
+        cut.heads,
     )
     structure.apply_(native)
     difference = _tensor_shapes(native) ^ _tensor_shapes(model.base_model)

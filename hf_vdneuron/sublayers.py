@@ -35,7 +35,15 @@ class Role(StrEnum):
     ATTENTION_OUTPUT = "attention_output"
     INTERMEDIATE = "intermediate"
     OUTPUT = "output"
+    GATE = "gate"
+    """What a gated feed-forward block multiplies its neurons by."""
+    POSITION = "position"
+    """Projection of relative positions to queries or keys."""
+    BIAS = "bias"
+    """A bias that lies outside of its projection; its last axis runs over the features."""
     NORM = "norm"
+    DEPTHWISE = "depthwise"
+    """A convolution of each neuron with itself alone."""
 
 
 class Unit(StrEnum):
@@ -49,7 +57,7 @@ class SideName(StrEnum):
     """The two ends of a unit; either alone makes it contribute nothing but a constant."""
 
     IN = "in"
-    """The matrices that make the unit: value rows of a head, intermediate rows of a neuron."""
+    """What makes the unit: value rows of a head, intermediate rows of a neuron."""
     OUT = "out"
     """The matrix that reads the unit: columns of the output projection."""
 
@@ -58,15 +66,17 @@ class SideName(StrEnum):
 class Slice:
     """The features of one weight matrix that belong to the units of a sub-layer.
 
-    Unit `k` owns features `offset + k * stride, ..., offset + k * stride + size - 1` along `axis`.
+    A matrix can hold several slices: a fused projection makes the queries, keys and values of its heads. Unit `k` owns
+    features `offset + k * stride, ..., offset + k * stride + size - 1` along `axis`.
 
     Args:
         module: Path of the module that holds the weight, from the root of the model.
         role: Position of that weight in the sub-layer.
         axis: Whether the features are outputs (rows) or inputs (columns) of the module.
-        size: Features per unit, at least 1 (the head size; 1 for a neuron).
+        size: Features per unit, at least 1: the head size, times the heads that share a key; 1 for a neuron.
         stride: Distance between the first features of neighbouring units; `size` when units are packed.
         offset: First feature of unit 0 (fused matrices hold several slices behind one another).
+        parameter: Name of the weight in the module.
     """
 
     module: str
@@ -75,6 +85,7 @@ class Slice:
     size: int = 1
     stride: int | None = None
     offset: int = 0
+    parameter: str = "weight"
 
     def features(self, units: Tensor) -> Tensor:
         """Return the features that the given units own.
@@ -113,7 +124,7 @@ class Side:
 
     Args:
         name: Which end this is.
-        slices: The slices that must vanish together.
+        slices: The slices that must vanish together; the first holds what the side is named for.
     """
 
     name: SideName
@@ -127,9 +138,10 @@ class Sublayer:
     Args:
         path: Path of the block from the root of the model, unique within it.
         unit: What the block is made of.
-        num_units: How many units it has now, at least 0.
+        num_units: How many units it has now, at least 0. Heads that share a key and a value are one unit.
         sides: The ends of its units. A unit is irrelevant as soon as one side is. The last one is the out-side.
-        companions: Slices that are removed with a unit but cannot end it (query and key rows, batch norms).
+        companions: Slices that are removed with a unit but cannot end it (query and key rows, gates, norms, biases
+            that lie outside of their projection).
         activations: Paths of the modules between in-side and out-side, in order. Applied to the in-side's bias they
             give the constant that a unit with zero in-side weights still emits. Empty for heads: their attention
             weights sum to one, so the constant is the value bias itself.
@@ -138,6 +150,8 @@ class Sublayer:
         attributes: Integer attributes that follow the number of units, as `(path of module, attribute, factor)`:
             the attribute is `factor * num_units`.
         attention: Path of the module that cannot run without a head and is replaced when none is left, or None.
+        constant: The slice that holds the bias of the in-side where its own layer does not, or None.
+        repeats: How often the block runs in one forward pass: layers can share it.
     """
 
     path: str
@@ -149,16 +163,18 @@ class Sublayer:
     foldable: bool = True
     attributes: tuple[tuple[str, str, int], ...] = ()
     attention: str | None = None
+    constant: Slice | None = None
+    repeats: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:
-        """All slices that a unit loses when it is removed: those of every side, then the companions."""
-        return tuple(part for side in self.sides for part in side.slices) + self.companions
+        """All slices that a unit loses when it is removed: those of every side, then the companions, each once."""
+        return tuple(dict.fromkeys((*(part for side in self.sides for part in side.slices), *self.companions)))
 
     @property
     def matrices(self) -> tuple[Slice, ...]:
-        """Those slices that are weight matrices: all but the norms'."""
-        return tuple(part for part in self.slices if part.role is not Role.NORM)
+        """Those slices that are weight matrices."""
+        return tuple(part for part in self.slices if part.role not in (Role.NORM, Role.BIAS))
 
     @property
     def out_side(self) -> Side:

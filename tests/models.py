@@ -69,8 +69,10 @@ def randomised_(model: nn.Module, seed: int = 1) -> nn.Module:
     """Draw all parameters and running statistics anew: native initialization makes biases zero and norms neutral."""
     random = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        is_norm = isinstance(module, nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d)
+        is_norm = "Norm" in type(module).__name__
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue  # sinusoids, which are not saved
             parameter.normal_(std=0.3, generator=random).add_(float(is_norm and name == "weight"))
         if getattr(module, "running_var", None) is not None:
             module.running_mean.normal_(generator=random)

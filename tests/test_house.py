@@ -15,10 +15,15 @@ FOLDER = Path(hf_vdneuron.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.py"))}
 MODULES = sorted(TREES.keys() - {"__init__"})
 
-# A module imports only from modules above it. `modeling_vdneuron` travels with saved models as remote code, so it
-# stands first: it can import none of the others.
-DOWNHILL = [
+# What travels with saved models as remote code: it needs no other module, and finds its own by relative names.
+TRAVELLERS = [
+    "modeling_vdneuron_structure",
     "modeling_vdneuron",
+]
+
+# A module imports only from modules above it.
+DOWNHILL = [
+    *TRAVELLERS,
     "functional",
     "schedules",
     "loss_scaling",
@@ -27,6 +32,7 @@ DOWNHILL = [
     "priors",
     "layers",
     "chains",
+    "layouts",
     "architectures",
     "config",
     "structure",
@@ -96,13 +102,14 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
 
 def own_imports(module: str) -> set[str]:
     """Modules of the package that the module imports; what names no module is left as it is written."""
-    names = (name.split(".") for name in imported_names(TREES[module]) if name.startswith((PACKAGE, ".")))
+    found = (f"{PACKAGE}{name}" if name.startswith(".") else name for name in imported_names(TREES[module]))
+    names = (name.split(".") for name in found if name.startswith(PACKAGE))
     return {parts[1] if parts[0] == PACKAGE and len(parts) > 1 else ".".join(parts) for parts in names}
 
 
 def foreign_imports(module: str) -> set[str]:
     """Top-level packages that come into memory with the module, through other modules of ours too."""
-    foreign = {name.split(".")[0] for name in imported_names(TREES[module])} - {PACKAGE}
+    foreign = {name.split(".")[0] for name in imported_names(TREES[module])} - {PACKAGE, ""}
     return foreign.union(*(foreign_imports(below) for below in own_imports(module)))
 
 
@@ -135,6 +142,17 @@ def test_imports_stand_at_the_top(module: str) -> None:
 @pytest.mark.parametrize("module", sorted({"functional", "precision", "schedules"} & TREES.keys()))
 def test_the_mathematics_knows_only_torch(module: str) -> None:
     assert foreign_imports(module) - sys.stdlib_module_names <= {"torch"}
+
+
+@pytest.mark.parametrize("module", TRAVELLERS)
+def test_remote_code_needs_only_torch_and_transformers(module: str) -> None:
+    assert foreign_imports(module) - sys.stdlib_module_names == {"torch", "transformers"}
+    assert own_imports(module) < set(TRAVELLERS)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(TRAVELLERS)))
+def test_only_remote_code_imports_by_relative_names(module: str) -> None:
+    assert not [name for name in imported_names(TREES[module]) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("module", TREES)

@@ -25,7 +25,7 @@ from transformers.utils import hub as transformers_hub
 from hf_vdneuron.how_to_load import TITLE
 from hf_vdneuron.hub import push_folder, uploadable_files
 from hf_vdneuron.model_card import render_model_card
-from hf_vdneuron.modeling_vdneuron import PrunedModel
+from hf_vdneuron.modeling_vdneuron import CODE_FILES, PrunedModel
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.pruning import prune_model_
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings(CLIENT_WARNING)
 NAME = "me/tiny"
 SCRIPT = Path(push_to_hub.__file__)
 TOKEN_LIKE = "hf_" + 34 * "x"
+CODE = {path.name for path in CODE_FILES}
 
 UPLOADED = {
     ".gitattributes",  # the Hub's own
@@ -47,7 +48,7 @@ UPLOADED = {
     "config.json",
     "figures/curve.png",
     "model.safetensors",
-    "modeling_vdneuron.py",
+    *CODE,
     "report.html",
     "report.json",
     "tokenizer.json",
@@ -243,7 +244,8 @@ def spoil_index(out: Path) -> None:
 
 
 def spoil_pruning(out: Path) -> None:
-    (out / "modeling_vdneuron.py").unlink()
+    for name in CODE:
+        (out / name).unlink()
     patch_model_(dense_model("bert", "sequence_classification")).save_pretrained(out)
 
 
@@ -259,7 +261,10 @@ def truncate(out: Path) -> None:
         pytest.param(
             lambda out: (out / "model.safetensors").unlink(), "no weights in `.safetensors`", id="no weights"
         ),
-        pytest.param(lambda out: (out / "modeling_vdneuron.py").unlink(), "no modeling_vdneuron.py", id="no code"),
+        *(
+            pytest.param(lambda out, name=name: (out / name).unlink(), f"no {name}", id=f"no {name}")
+            for name in sorted(CODE)
+        ),
         pytest.param(spoil_index, "no model-00002-of-00002.safetensors", id="no shard"),
         pytest.param(lambda out: write(out / "config.json", "{"), "config.json` is damaged", id="damaged config"),
         pytest.param(truncate, "model.safetensors` is damaged", id="damaged weights"),
@@ -384,7 +389,7 @@ def test_model_push_to_hub(hub: Hub, model: PrunedModel, tmp_path: Path) -> None
     model.push_to_hub(NAME, private=True)
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved")
     for name in (NAME, "me/saved"):
-        files = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_vdneuron.py"}
+        files = {".gitattributes", "README.md", "config.json", "model.safetensors", *CODE}
         assert hub.repos[name].files.keys() == files
         assert state(from_pretrained(name)) == state(model)
     assert hub.repos[NAME].is_private
@@ -413,7 +418,7 @@ def test_trainer_push_to_hub(hub: Hub, tmp_path: Path) -> None:
     commit = trainer.push_to_hub(commit_message="Pruned")
     assert commit.repo_url.repo_id == "me/run"
     assert [commit.message for commit in repo.commits] == ["initial commit", "End of training", "Pruned"]
-    assert repo.files.keys() == expected | {"modeling_vdneuron.py"}
+    assert repo.files.keys() == expected | CODE
     assert repo.files["README.md"].endswith(b"mine")
     assert (folder / "training_args.bin").exists()  # and it stayed here
     assert state(from_pretrained("me/run")) == state(pruned)

@@ -30,7 +30,7 @@ from models import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, PreTrainedModel, RobertaModel
 
-from hf_vdneuron.modeling_vdneuron import PrunedModel, pruned_class
+from hf_vdneuron.modeling_vdneuron import CODE_FILES, PrunedModel, pruned_class
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.pruning import prune_model_
 
@@ -39,6 +39,7 @@ ROWS = [(family, head, "ragged") for family in CONFIGS for head in AUTO_CLASSES]
 ROWS += [(family, "sequence_classification", "whole_sublayers") for family in CONFIGS]
 KEPT: dict[str, KeptUnits] = {"ragged": RAGGED, "whole_sublayers": WHOLE_SUBLAYERS}
 SEVERAL_SHARDS = "2KB"
+CODE = {path.name for path in CODE_FILES}
 
 rows = pytest.mark.parametrize("row", ROWS, ids=["-".join(row) for row in ROWS])
 families = pytest.mark.parametrize("family", CONFIGS)
@@ -179,7 +180,7 @@ def test_neither_door_raises(row: tuple[str, str, str], saved: dict[Any, Any]) -
 def test_saved_files(family: str, saved: dict[Any, Any]) -> None:
     folder, _ = saved[family, "masked_lm", "ragged"]
     files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "modeling_vdneuron.py"} <= files
+    assert {"config.json", "model.safetensors", *CODE} <= files
     assert not [name for name in files if name.startswith(".") or name.endswith(".bin")]
     tensors = load_file(folder / "model.safetensors")
     assert any(tensor.numel() == 0 for tensor in tensors.values())  # what is removed stays under its native name
@@ -292,7 +293,7 @@ def test_save_that_is_killed_while_writing_leaves_the_earlier_one(
     assert state(from_pretrained(tmp_path)) == state(earlier)
 
 
-@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("moves", range(5))
 def test_save_that_is_killed_while_moving_is_never_half_loaded(
     moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +308,7 @@ def test_save_that_is_killed_while_moving_is_never_half_loaded(
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", move)
-    if moves < 3:  # code, weights, config
+    if moves < 4:  # weights, two files of code, config
         with pytest.raises(KeyboardInterrupt):
             later.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="Cannot load"):
@@ -349,7 +350,7 @@ def test_push_uploads_the_code_too(
     push: Callable[[PrunedModel, Path], None], uploads: dict[str, set[str]], tmp_path: Path
 ) -> None:
     push(pruned_model(), tmp_path)
-    assert uploads == {"me/model": {"config.json", "model.safetensors", "modeling_vdneuron.py", "README.md"}}
+    assert uploads == {"me/model": {"config.json", "model.safetensors", *CODE, "README.md"}}
 
 
 def truncate(folder: Path) -> None:

@@ -1,0 +1,71 @@
+"""Every row that can write writes the same with units cut out as with them masked, whatever it keeps in its cache."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from zoo import GENERATING, ROWS, attentions, masks, zoo_batch, zoo_model
+
+from hf_vdneuron.masks import mask_model_
+from hf_vdneuron.pruning import prune_model_
+
+
+NEW_TOKENS = 6
+TOLERANCE = 1e-5  # of logits in float32
+
+#: Ways to generate. What is static would be compiled by itself on an accelerator, and says the same without.
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "without_cache": {"use_cache": False},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "beams": {"num_beams": 3},
+    "static_beams": {"num_beams": 2, "cache_implementation": "static", "disable_compile": True},
+    "sampled": {"do_sample": True},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+def write(model: PreTrainedModel, **options: Any) -> ModelOutput:
+    """Continue two prompts, one of them padded on the left."""
+    inputs = zoo_batch(model)
+    del inputs["labels"]
+    if "attention_mask" in inputs and not model.config.is_encoder_decoder:
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    if (
+        "prompt_lookup_num_tokens" in options
+    ):  # takes one prompt at a time; the cache is cut back where it guessed wrong
+        inputs = {name: value[:1] for name, value in inputs.items()}
+    torch.manual_seed(0)
+    return model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        eos_token_id=1,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        pytest.param(row, way, id=f"{row}-{way}")
+        for row in GENERATING
+        for way in WAYS
+        if ROWS[row].static or not way.startswith("static")
+    ],
+)
+def test_pruned_writes_what_masked_does(row: str, way: str) -> None:
+    dense = zoo_model(row, "sdpa" if "sdpa" in attentions(row) else "eager")
+    for name in ("first_empty", "last_empty", "all_empty"):
+        mask = masks(dense)[name]
+        masked = mask_model_(deepcopy(dense), mask)
+        expected = write(masked, **WAYS[way])
+        found = write(prune_model_(masked, mask), **WAYS[way])
+        assert torch.equal(found.sequences, expected.sequences), name
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=TOLERANCE, rtol=0)
