@@ -9,29 +9,36 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.modeling_vdneuron import PrunedStructure, adopt_, native_class
+from hf_vdneuron.stock import stock_sizes, to_stock_
 
 
 __all__ = ["as_pruned_model_", "dense_twin", "find_structure"]
 
 
 def as_pruned_model_(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model that was cut save itself with its structure, in place.
+    """Make a model that was cut save itself so that it can be loaded, in place.
 
-    A model from which nothing was cut stays what it is: it needs no structure to load.
+    One whose layers all have the same sizes, where its config can say so, becomes an ordinary model of its native
+    class, which loads anywhere. Any other saves itself with its structure. A model from which nothing was cut stays
+    what it is.
 
     Args:
         model: A transformers model, with or without a head.
 
     Returns:
-        The same model, now of class `pruned_class(type(model))`. Its base model likewise.
+        The same model: of its native class, or of class `pruned_class(type(model))`. Its base model likewise.
 
     Raises:
         ValueError: If the model differs from its native class in other ways than smaller layers.
     """
     structure = find_structure(model)
-    if structure.shapes:
-        model.config.vdneuron = structure.to_json()
-        adopt_(model)
+    if not structure.shapes:
+        return model
+    sizes = stock_sizes(model)
+    if sizes is not None:
+        return to_stock_(model, sizes)
+    model.config.vdneuron = structure.to_json()
+    adopt_(model)
     return model
 
 

@@ -35,6 +35,7 @@ DOWNHILL = [
     "layouts",
     "architectures",
     "config",
+    "stock",
     "structure",
     "elbo",
     "masks",
