@@ -3,8 +3,10 @@
 Each row is a tiny model of its own; whoever adds a row to the table adds one to `zoo`, and gets all of this.
 """
 
+import re
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,13 @@ rows = pytest.mark.parametrize("row", ROWS)
 def test_zoo_covers_the_table() -> None:
     towers = {f"{pair}_{side}_model" for pair in ("clip", "siglip") for side in ("text", "vision")}
     assert {row.model_type for row in ROWS.values()} | towers == set(ARCHITECTURES)
+
+
+def test_readme_names_the_table() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## What works\n")[2].partition("| nested")[0]
+    lists = [line.split("|")[1].rpartition(":")[2] for line in section.splitlines()[3:]]
+    assert {name.strip() for names in lists for name in re.split(r"[,;]", names)} == set(ARCHITECTURES)
 
 
 @rows
