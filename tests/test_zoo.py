@@ -3,8 +3,9 @@
 Each row is a tiny model of its own; whoever adds a row to the table adds one to `zoo`, and gets all of this.
 """
 
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from zoo import ROWS, attentions, auto_class, logits, masks, zoo_batch, zoo_mode
 
 from hf_vdneuron.architectures import ARCHITECTURES, find_sublayers
 from hf_vdneuron.budget import Costs, speedup, unit_counts
+from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.elbo import kl_divergence, set_variational_, variational_layers
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron import PrunedModel
@@ -23,11 +25,12 @@ from hf_vdneuron.one_shot import sparsify
 from hf_vdneuron.patching import patch_model_, unpatch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
-from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.sublayers import Role, Unit
 
 
 TOLERANCE = 1e-5  # float32, as promised
 LENGTH = 8
+QUERIES_AND_KEYS = (Role.QUERY, Role.KEY)
 
 rows = pytest.mark.parametrize("row", ROWS)
 
@@ -205,3 +208,30 @@ def test_attentions_are_told_of_every_layer(row: str) -> None:
     weights = [layer for output in (found, *towers) for name in names for layer in output.get(name) or ()]
     assert sorted(layer.shape[1] for layer in weights) == sorted(left)
     assert 0 in left
+
+
+@pytest.mark.parametrize("row", ["bloom", "gpt2", "phi3", "t5"])
+@pytest.mark.parametrize(
+    "duplicate", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_stand_ins_can_be_duplicated(row: str, duplicate: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    for mask in masks(zoo_model(row)).values():
+        model = prune_model_(zoo_model(row), mask)
+        twin = duplicate(model)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert torch.equal(logits(twin), logits(model))
+
+
+@rows
+def test_queries_and_keys_can_be_variational_too(row: str) -> None:
+    model = patch_model_(zoo_model(row), VDConfig(grouping=Grouping.COUPLED, query_key=True)).train()
+    set_variational_(model, noise=True, collect_kl=True)
+    assert model(**zoo_batch(model)).loss.isfinite()
+    assert kl_divergence(model).isfinite()
+    made = {
+        part.module for sublayer in find_sublayers(model) for part in sublayer.slices if part.role in QUERIES_AND_KEYS
+    }
+    assert made <= variational_layers(model).keys()
+    mask = relevance_mask(some_posterior_(model))
+    expected = logits(mask_model_(model, mask))
+    torch.testing.assert_close(logits(prune_model_(model)), expected, rtol=0, atol=TOLERANCE)
