@@ -71,7 +71,13 @@ class VDConfig:
     group_scale: bool = field(
         default=True, metadata={"help": "Whether each group's means get one learned scale of their own."}
     )
-    query_key: bool = field(default=False, metadata={"help": "Whether query and key weights are variational too."})
+    query_key: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether query and key weights are variational too; where one projection makes them and the "
+            "values, they always are."
+        },
+    )
     heads: bool = field(default=True, metadata={"help": "Whether attention heads can be removed."})
     neurons: bool = field(default=True, metadata={"help": "Whether feed-forward neurons can be removed."})
     include: list[str] | None = field(

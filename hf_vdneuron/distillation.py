@@ -291,4 +291,7 @@ class Teacher:
             raise RuntimeError("There is no teacher yet: call `copy_` first.")
         extra = {"output_hidden_states": True} if hidden_states else {}
         with torch.no_grad():
-            return self.model(**{name: value for name, value in inputs.items() if name != "labels"}, **extra)
+            # A decoder behind an encoder reads labels, shifted by one; without them it would read something else.
+            reads_labels = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+            kept = {name: value for name, value in inputs.items() if name != "labels" or reads_labels}
+            return self.model(**kept, **extra)

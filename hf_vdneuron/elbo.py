@@ -99,7 +99,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         if layer.kl is None:
             raise RuntimeError(
                 f"Layer `{name}` has no KL: call `set_variational_(model, noise=True, collect_kl=True)`, then run a "
-                "forward in training mode."
+                "forward in training mode. If the model drops whole layers in training, set `config.layerdrop` to 0."
             )
         divergences.append(layer.kl)
         layer.kl = None

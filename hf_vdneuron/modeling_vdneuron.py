@@ -15,6 +15,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -175,11 +176,12 @@ class _ConfigView:
 class _ReadsNothing(_StandIn):
     """Layer of GPT-2 without an input feature, which it could not reshape."""
 
+    weight: Tensor
     bias: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the bias at every position."""
-        return self.bias.expand(*inputs.shape[:-1], -1)
+        """Return the bias at every position, and keep the empty weight in the graph."""
+        return F.linear(inputs, self.weight.t(), self.bias)
 
 
 def _of_heads(bias: Tensor, kept: list[int], batch: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import BertForTokenClassification
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
+from zoo import zoo_batch, zoo_model
 
 from hf_vdneuron.checkpoints import has_teacher
 from hf_vdneuron.distillation import (
@@ -172,6 +173,13 @@ def test_the_teacher_hears_the_inputs_without_the_labels(labelled: bool, hidden_
     assert "loss" not in outputs
     assert ("hidden_states" in outputs) == hidden_states
     assert not outputs.logits.requires_grad
+
+
+@pytest.mark.parametrize("row", ["bart", "t5", "whisper"])
+def test_the_teacher_of_an_encoder_decoder_writes_after_the_same_words(row: str) -> None:
+    model = zoo_model(row)
+    lesson = Teacher(zoo_model(row)).outputs(zoo_batch(model), hidden_states=False)
+    assert torch.equal(lesson.logits, model(**zoo_batch(model)).logits)
 
 
 def test_there_is_no_lesson_without_a_teacher() -> None:

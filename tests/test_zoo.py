@@ -3,8 +3,11 @@
 Each row is a tiny model of its own; whoever adds a row to the table adds one to `zoo`, and gets all of this.
 """
 
-from collections.abc import Iterator
+import pickle
+import re
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from zoo import ROWS, attentions, auto_class, logits, masks, zoo_batch, zoo_mode
 
 from hf_vdneuron.architectures import ARCHITECTURES, find_sublayers
 from hf_vdneuron.budget import Costs, speedup, unit_counts
+from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.elbo import kl_divergence, set_variational_, variational_layers
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron import PrunedModel
@@ -21,11 +25,12 @@ from hf_vdneuron.one_shot import sparsify
 from hf_vdneuron.patching import patch_model_, unpatch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
-from hf_vdneuron.sublayers import Unit
+from hf_vdneuron.sublayers import Role, Unit
 
 
 TOLERANCE = 1e-5  # float32, as promised
 LENGTH = 8
+QUERIES_AND_KEYS = (Role.QUERY, Role.KEY)
 
 rows = pytest.mark.parametrize("row", ROWS)
 
@@ -33,6 +38,13 @@ rows = pytest.mark.parametrize("row", ROWS)
 def test_zoo_covers_the_table() -> None:
     towers = {f"{pair}_{side}_model" for pair in ("clip", "siglip") for side in ("text", "vision")}
     assert {row.model_type for row in ROWS.values()} | towers == set(ARCHITECTURES)
+
+
+def test_readme_names_the_table() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## What works\n")[2].partition("| nested")[0]
+    lists = [line.split("|")[1].rpartition(":")[2] for line in section.splitlines()[3:]]
+    assert {name.strip() for names in lists for name in re.split(r"[,;]", names)} == set(ARCHITECTURES)
 
 
 @rows
@@ -196,3 +208,30 @@ def test_attentions_are_told_of_every_layer(row: str) -> None:
     weights = [layer for output in (found, *towers) for name in names for layer in output.get(name) or ()]
     assert sorted(layer.shape[1] for layer in weights) == sorted(left)
     assert 0 in left
+
+
+@pytest.mark.parametrize("row", ["bloom", "gpt2", "phi3", "t5"])
+@pytest.mark.parametrize(
+    "duplicate", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_stand_ins_can_be_duplicated(row: str, duplicate: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    for mask in masks(zoo_model(row)).values():
+        model = prune_model_(zoo_model(row), mask)
+        twin = duplicate(model)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert torch.equal(logits(twin), logits(model))
+
+
+@rows
+def test_queries_and_keys_can_be_variational_too(row: str) -> None:
+    model = patch_model_(zoo_model(row), VDConfig(grouping=Grouping.COUPLED, query_key=True)).train()
+    set_variational_(model, noise=True, collect_kl=True)
+    assert model(**zoo_batch(model)).loss.isfinite()
+    assert kl_divergence(model).isfinite()
+    made = {
+        part.module for sublayer in find_sublayers(model) for part in sublayer.slices if part.role in QUERIES_AND_KEYS
+    }
+    assert made <= variational_layers(model).keys()
+    mask = relevance_mask(some_posterior_(model))
+    expected = logits(mask_model_(model, mask))
+    torch.testing.assert_close(logits(prune_model_(model)), expected, rtol=0, atol=TOLERANCE)
