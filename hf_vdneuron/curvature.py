@@ -9,7 +9,7 @@ are estimated by squared gradients of single examples, the diagonal of the empir
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.sublayers import Axis
 
 
-__all__ = ["Batches", "Curvature", "Loss", "diagonal_curvature"]
+__all__ = ["Batches", "Curvature", "Loss", "estimate_curvature"]
 
 #: Keyword arguments of a forward, labels among them, batch by batch; tensors have the batch along their first axis.
 Batches = Iterable[Mapping[str, Any]]
@@ -31,15 +31,22 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class Curvature:
-    """Second derivatives of the loss of one example, mean over examples.
+    """Second derivatives of the loss of one example, mean over examples, from first ones.
 
     Args:
-        weights: Path of each variational layer -> by each of its weights, in their shape, not negative.
-        scales: Path of each variational layer -> by the scale of each group's means, shape `(num_groups,)`.
+        weights: Path of each variational layer -> second derivative by each of its weights, in their shape, not
+            negative.
+        scores: Path of each variational layer -> first derivative of each example's loss by the scale of each group's
+            means, shape `(num_examples, num_groups)`.
     """
 
     weights: Mapping[str, Tensor]
-    scales: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
+
+    @cached_property
+    def scales(self) -> dict[str, Tensor]:
+        """Path of each variational layer -> second derivative by each scale, shape `(num_groups,)`."""
+        return {path: scores.square().mean(0) for path, scores in self.scores.items()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def diagonal_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_loss) -> Curvature:
+def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_loss) -> Curvature:
     r"""Estimate the curvature of the loss from gradients of single examples.
 
     .. math::
@@ -100,7 +107,7 @@ def diagonal_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
     model.eval()
     layers = variational_layers(model)
     weights = {path: torch.zeros_like(layer.log_var, requires_grad=False) for path, layer in layers.items()}
-    scales = {path: layer.log_var.new_zeros(layer.prior.num_groups) for path, layer in layers.items()}
+    scores: dict[str, list[Tensor]] = {path: [] for path in layers}
     count = 0
     for batch in batches:
         calls, total, size = _forward(model, layers, batch, loss)
@@ -111,14 +118,14 @@ def diagonal_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
             weights[call.path] += _squared(call, gradient)
             scale = _by_scale(call, gradient)
             by_example[call.path] = by_example[call.path] + scale if call.path in by_example else scale
-        for path, gradient in by_example.items():
-            scales[path] += gradient.square().sum(0)
+        for path, scores_of_batch in by_example.items():
+            scores[path].append(scores_of_batch)
         count += size
     if count == 0:
         raise ValueError("There is no batch: expected at least one, and a few hundred examples in all.")
     return Curvature(
         {path: total / count for path, total in weights.items()},
-        {path: total / count for path, total in scales.items()},
+        {path: torch.cat(parts) for path, parts in scores.items()},
     )
 
 

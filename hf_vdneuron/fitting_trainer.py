@@ -6,11 +6,12 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from hf_vdneuron.curvature import Curvature, diagonal_curvature
+from hf_vdneuron.curvature import Curvature, estimate_curvature
+from hf_vdneuron.evidence import unit_evidence
 from hf_vdneuron.laplace import fit_posterior_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.resumable_trainer import ResumableTrainer
@@ -25,22 +26,23 @@ NUM_EXAMPLES = 1024
 
 
 class FittingTrainer(ResumableTrainer):
-    """Fits a posterior to the curvature of the loss, as the model is now."""
+    """Fits a posterior to the curvature of the loss, as the model is now, and weighs heads and neurons by it."""
 
-    def fit_posterior(self) -> nn.Module:
-        """Take a posterior in closed form. Every process has to call this, and gets the same.
+    def closed_form_evidence(self) -> dict[str, Tensor]:
+        """Measure the evidence for heads and neurons as the model is now. Every process has to call this.
 
         Returns:
-            A copy of the model, patched anew, whose variances, group scales and priors are those of the posterior.
+            Path of each sub-layer -> nats, shape `(num_sides, num_units)`, the same on every process.
 
         Raises:
             ValueError: If the loss of an example has no gradient.
         """
         posterior = patch_model_(dense_copy(self.model), self.vd_config)
-        curvature = diagonal_curvature(posterior, self._examples(), loss=self._loss)
+        own = estimate_curvature(posterior, self._examples(), loss=self._loss)
         # Each process has seen a share of the examples.
-        shared = Curvature(*(reduce(dict(part), "mean") for part in (curvature.weights, curvature.scales)))
-        return fit_posterior_(posterior, shared, num_data=PRETRAINING_EVIDENCE)
+        curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
+        fit_posterior_(posterior, curvature, num_data=PRETRAINING_EVIDENCE)
+        return unit_evidence(posterior, curvature, num_data=PRETRAINING_EVIDENCE)
 
     def _examples(self) -> Iterator[Mapping[str, Any]]:
         """Read the same training examples each time, drawn at random where they can be."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -16,6 +16,7 @@ from hf_vdneuron.fitting_trainer import FittingTrainer
 from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.relevance import relevance_mask, unit_relevance
 from hf_vdneuron.tolerance import DENSE_VALUE, ToleranceCallback, last_logged
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -69,7 +70,7 @@ class JudgingTrainer(FittingTrainer):
                 self.max_length,
                 judge=self._judge,
                 dense=self._dense_value,
-                fit=self._posterior,
+                relevance=self._relevance,
                 log=self.log,
                 on_size=self._save_size,
             )
@@ -93,17 +94,18 @@ class JudgingTrainer(FittingTrainer):
         is_same = self.choice_dataset is self.eval_dataset and not isinstance(self.eval_dataset, dict)
         return self.milestone(f"dense_{metric}") if judged is None and is_same else judged
 
-    def _posterior(self, is_first: bool = True) -> nn.Module:
-        """Return the model with the posterior that the run has trained, or a copy with one in closed form.
-
-        A trained one is as good as new for the first cut only: behind it, the weights move on without it.
-        """
+    def _relevance(self, is_first: bool = True) -> dict[str, Tensor]:
+        """Measure what units are worth, by the posterior that the run has trained or in closed form."""
+        # A trained one is as good as new for the first cut only: behind it, the weights move on without it.
         is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
-        return self.model if is_trained and is_first else self.fit_posterior()
+        return unit_relevance(self.model) if is_trained and is_first else self.closed_form_evidence()
 
     def _choose(self) -> RelevanceMask:
-        """Decide what a posterior keeps of what is left, by a target or the rule."""
-        kept = self._steering.mask(self._posterior(), self.args, present=read_mask(self.model))
+        """Decide what is kept of what is left, by a target or the rule."""
+        if self.args.target is None:
+            kept = relevance_mask(self.model, self.args.dropout_rate_threshold) & read_mask(self.model)
+        else:
+            kept = self._steering.mask(self._relevance(), self.args, present=read_mask(self.model))
         # Every process has to remove the same.
         return cast(RelevanceMask, broadcast_object_list([kept])[0])
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, Costs
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.curvature import Batches, diagonal_curvature
+from hf_vdneuron.curvature import Batches, estimate_curvature
+from hf_vdneuron.evidence import unit_evidence
 from hf_vdneuron.laplace import fit_posterior_
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
@@ -35,7 +36,7 @@ def closed_form_mask(
     vd_config: VDConfig | None = None,
     alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
 ) -> RelevanceMask:
-    """Choose what to keep by a posterior that is fitted to the curvature of the loss, in closed form.
+    """Choose what to keep by the evidence for it, with a posterior in closed form.
 
     Args:
         model: A dense, fine-tuned model; it is left as it is.
@@ -52,8 +53,10 @@ def closed_form_mask(
     """
     patched = patch_model_(deepcopy(model), vd_config)
     budget.require_reachable(irremovable_units(unit_relevance(patched)))
-    fit_posterior_(patched, diagonal_curvature(patched, batches), num_data=PRETRAINING_EVIDENCE)
-    return keep_within(find_sublayers(patched), unit_relevance(patched), budget, alignment=alignment)
+    curvature = estimate_curvature(patched, batches)
+    fit_posterior_(patched, curvature, num_data=PRETRAINING_EVIDENCE)
+    evidence = unit_evidence(patched, curvature, num_data=PRETRAINING_EVIDENCE)
+    return keep_within(find_sublayers(patched), evidence, budget, alignment=alignment)
 
 
 def sparsify(

@@ -13,7 +13,17 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from hf_vdneuron.functional import PriorStatistics, Theta, kl_bound, responsibilities, second_moment, weight_kl
+from hf_vdneuron.functional import (
+    LOG_2PI,
+    PriorStatistics,
+    Theta,
+    kl_bound,
+    mixture_log_prob,
+    relevance,
+    responsibilities,
+    second_moment,
+    weight_kl,
+)
 from hf_vdneuron.precision import at_least_float32
 
 
@@ -82,6 +92,19 @@ class Prior(nn.Module, ABC):
             :math:`\lambda` of (9), same shape, positive.
         """
 
+    @abstractmethod
+    def kl_by_weight(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        """Tell what each weight adds to the bound of the divergence.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            Nats, same shape; below 0 for a weight that the prior finds likelier than the posterior does.
+        """
+
     def sum_groups(self, per_feature: Tensor) -> Tensor:
         """Sum over the features of each group.
 
@@ -122,6 +145,19 @@ class WeightPrior(Prior):
             Scalar in nats, and None.
         """
         return weight_kl(mean, log_var), None
+
+    def kl_by_weight(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        """Return the divergence of each weight.
+
+        Args:
+            mean: Posterior means, any shape.
+            log_var: Posterior log-variances, same shape.
+            axis: Not used.
+
+        Returns:
+            Nats, same shape.
+        """
+        return relevance(mean, log_var)
 
     def precision(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
         r"""Return :math:`1 / \sigma^2` at the best scale of each weight.
@@ -192,6 +228,20 @@ class GroupPrior(Prior):
         bound, per_feature = kl_bound(mean, log_var, self.theta(), axis)
         return bound, self.pool(per_feature)
 
+    def kl_by_weight(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
+        """Tell what each weight adds to (6), at the prior as it stands.
+
+        Args:
+            mean: Posterior means, at least two axes.
+            log_var: Posterior log-variances, same shape.
+            axis: Axis of the weight along which groups lie.
+
+        Returns:
+            Nats, same shape.
+        """
+        entropy = (1 + LOG_2PI + log_var) / 2
+        return -entropy - mixture_log_prob(second_moment(mean, log_var), self._theta_along(axis, mean.ndim))
+
     def precision(self, mean: Tensor, log_var: Tensor, axis: int) -> Tensor:
         r"""Weigh the components' precisions by their responsibilities (7), at the prior as it stands.
 
@@ -203,11 +253,15 @@ class GroupPrior(Prior):
         Returns:
             :math:`\lambda` of (9), same shape.
         """
-        shape = [1] * mean.ndim
-        shape[axis] = -1
-        theta = Theta(*(values.view(self.num_components, *shape) for values in self.theta()))
+        theta = self._theta_along(axis, mean.ndim)
         precisions = theta.prior_scales.square().reciprocal()
         return (responsibilities(second_moment(mean, log_var), theta) * precisions).sum(0)
+
+    def _theta_along(self, axis: int, num_axes: int) -> Theta:
+        """Return the parameters of each feature's group, to be broadcast over a weight."""
+        shape = [1] * num_axes
+        shape[axis] = -1
+        return Theta(*(values.view(self.num_components, *shape) for values in self.theta()))
 
     def pool(self, statistics: PriorStatistics) -> PriorStatistics:
         """Sum statistics over the features of each group.

@@ -19,8 +19,8 @@ from hf_vdneuron.sublayers import Sublayer, Unit
 
 __all__ = ["Alignment", "Layout", "irremovable_units", "keep_within", "unit_prices"]
 
-#: Worth of a unit that is gone already: less than any other, none of which is negative.
-_GONE = -1.0
+#: Worth of a unit that is gone already: less than any other, and still a number.
+_GONE = -1e300
 
 
 class Layout(StrEnum):
@@ -108,8 +108,8 @@ def keep_within(
 
     Args:
         sublayers: The sub-layers of a model.
-        relevance: Path of each sub-layer -> relevance of each side of its units, shape `(num_sides, num_units)`, not
-            negative. Units with infinite relevance stay.
+        relevance: Path of each sub-layer -> relevance of each side of its units, shape `(num_sides, num_units)`.
+            Units with infinite relevance stay.
         budget: What may be kept.
         alignment: Which numbers of units it may be.
         present: What is there; the rest goes first.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.budget import Budget, Costs, UnitCounts, unit_counts
@@ -15,7 +15,7 @@ from hf_vdneuron.goal_args import SpeedupFrom
 from hf_vdneuron.latency import text_inputs
 from hf_vdneuron.latency_table import LatencyTable, measure_latency_table
 from hf_vdneuron.masks import RelevanceMask, read_mask
-from hf_vdneuron.relevance import expected_units, relevance_mask, unit_relevance
+from hf_vdneuron.relevance import expected_units, unit_relevance
 from hf_vdneuron.schedules import (
     KEPT_RATE,
     Phase,
@@ -215,23 +215,26 @@ class Steering:
 
     # ---- Arriving ----
 
-    def mask(self, posterior: nn.Module, args: VDTrainingArguments, *, present: RelevanceMask) -> RelevanceMask:
-        """Choose what is kept of what is there.
+    def mask(
+        self, relevance: Mapping[str, Tensor], args: VDTrainingArguments, *, present: RelevanceMask
+    ) -> RelevanceMask:
+        """Choose what the target of a run allows to keep of what is there.
 
         Args:
-            posterior: A patched model with the posterior that says what matters.
+            relevance: What says how much units are worth, as `unit_relevance` gives it.
             args: Arguments of the run.
             present: What is there.
 
         Returns:
-            What the target allows; without one, what the rule does not find irrelevant.
+            The mask.
+
+        Raises:
+            RuntimeError: If no run has begun, or it has no target.
         """
-        course = self._course
-        if course is None:
-            return relevance_mask(posterior, args.dropout_rate_threshold) & present
-        relevance = unit_relevance(posterior)
-        kept = keep_within(course.sublayers, relevance, course.budget, alignment=args.alignment, present=present)
-        return kept & present
+        if self._course is None:
+            raise RuntimeError("There is no target to keep to: expected a run that has one, and has begun.")
+        course, alignment = self._course, args.alignment
+        return keep_within(course.sublayers, relevance, course.budget, alignment=alignment, present=present) & present
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

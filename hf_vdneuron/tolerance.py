@@ -2,17 +2,16 @@
 """As small as it gets while a metric holds: cut, recover, judge; smaller if it was good enough, else larger again."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from hf_vdneuron.budget import Budget, Costs, cost_ratio, unit_counts
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
-from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PhasePlan, bounds
 from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -66,7 +65,7 @@ def sizes_at(plan: PhasePlan, step: int, num_sizes: int) -> list[int]:
 
 def size_mask(
     model: nn.Module,
-    posterior: nn.Module,
+    relevance: Mapping[str, Tensor],
     share_left: float,
     *,
     length: int,
@@ -76,7 +75,7 @@ def size_mask(
 
     Args:
         model: A patched model.
-        posterior: A copy of it, or itself, with the posterior that says what matters.
+        relevance: What its units are worth, as `unit_relevance` gives it.
         share_left: Share to leave of what the complete model could lose, by multiply-accumulates, in `[0, 1]`.
         length: Tokens of a sequence for which costs are counted.
         alignment: Which numbers of units it may leave.
@@ -85,7 +84,6 @@ def size_mask(
         The mask.
     """
     before, costs = read_mask(model), Costs(model, length=length)
-    relevance = unit_relevance(posterior)
     fixed, full = costs.macs(irremovable_units(relevance)), costs.macs({})
     limit = fixed + share_left * (full - fixed)
     budget = Budget("share_left", share_left, costs.macs, limit, lambda cost: (cost - fixed) / (full - fixed))
@@ -104,8 +102,8 @@ class ToleranceCallback(TrainerCallback):
         length: Tokens of a sequence for which costs are counted.
         judge: Function that evaluates the model as it is and returns the metric.
         dense: Function that looks up what the dense model was judged by it, None if it was not.
-        fit: Function `(is_first) -> model` that returns the model with its posterior. A trained one is good for the
-            first size.
+        relevance: Function `(is_first) -> relevance` that measures what units are worth. A trained posterior is good
+            for the first size.
         log: Function that logs metrics of the model.
         on_size: Function `(speedup) -> None` that is told of every size that is good enough, while the model has it.
     """
@@ -117,7 +115,7 @@ class ToleranceCallback(TrainerCallback):
         *,
         judge: Callable[[], float],
         dense: Callable[[], float | None],
-        fit: Callable[[bool], nn.Module],
+        relevance: Callable[[bool], Mapping[str, Tensor]],
         log: Callable[[dict[str, float]], None],
         on_size: Callable[[float], None],
     ) -> None:
@@ -125,7 +123,7 @@ class ToleranceCallback(TrainerCallback):
         self.length = length
         self.judge = judge
         self.dense = dense
-        self.fit = fit
+        self.relevance = relevance
         self.log = log
         self.on_size = on_size
 
@@ -204,8 +202,8 @@ class ToleranceCallback(TrainerCallback):
         if number > 0:
             self._judge_size_(model, args)
         if number < args.num_sizes:
-            posterior, share = self.fit(number == 0), self.keepsake.next_share
-            mask_model_(model, size_mask(model, posterior, share, length=self.length, alignment=args.alignment))
+            relevance, share = self.relevance(number == 0), self.keepsake.next_share
+            mask_model_(model, size_mask(model, relevance, share, length=self.length, alignment=args.alignment))
         else:
             self._end_(model, args)
 

@@ -144,7 +144,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
                 expected_units(trainer.model)
                 looks.append(time.perf_counter() - started)
                 started = time.perf_counter()
-                trainer.fit_posterior()
+                trainer.closed_form_evidence()
                 fits.append(time.perf_counter() - started)
     return Seconds({phase: median(values) for phase, values in seconds.items()}, median(looks), median(fits))
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_vdneuron.config import Grouping, VDConfig
-from hf_vdneuron.curvature import Curvature, diagonal_curvature
+from hf_vdneuron.curvature import Curvature, estimate_curvature
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.patching import patch_model_
 
@@ -52,7 +52,7 @@ def single_examples(model: nn.Module) -> Iterator[tuple[Tensor, dict[str, Tensor
 def model_and_curvature(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Curvature]:
     model = patched(grouping=request.param)
     # Batches of several sizes: every example has to count alike.
-    return model, diagonal_curvature(model, [examples(0, 1), examples(1, 4), examples(4, NUM_EXAMPLES)])
+    return model, estimate_curvature(model, [examples(0, 1), examples(1, 4), examples(4, NUM_EXAMPLES)])
 
 
 def test_curvature_by_weights(model_and_curvature: tuple[PreTrainedModel, Curvature]) -> None:
@@ -104,7 +104,7 @@ def convolutions() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def test_curvature_of_convolutions_by_scales(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
     model, batch = convolutions
-    curvature = diagonal_curvature(model, [batch])
+    curvature = estimate_curvature(model, [batch])
     layers = variational_layers(model)
     expected = {name: torch.zeros_like(layer.group_scale) for name, layer in layers.items()}
     for index in range(NUM_EXAMPLES):
@@ -119,7 +119,7 @@ def test_curvature_of_convolutions_by_scales(convolutions: tuple[nn.Module, dict
 def test_curvature_of_convolutions_by_weights(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
     """A convolution is a linear layer on patches."""
     model, batch = convolutions
-    curvature = diagonal_curvature(model, [batch])
+    curvature = estimate_curvature(model, [batch])
     name, layer = next(iter(variational_layers(model).items()))
     caught = []
     with layer.register_forward_hook(lambda _, inputs, outputs: caught.append((inputs[0], outputs))):
@@ -135,18 +135,18 @@ def test_a_frozen_model_has_a_curvature(model_and_curvature: tuple[PreTrainedMod
     model, curvature = model_and_curvature
     frozen = deepcopy(model).requires_grad_(False)
     with torch.no_grad():
-        found = diagonal_curvature(frozen, [{"return_dict": True, **examples(0, NUM_EXAMPLES)}])
+        found = estimate_curvature(frozen, [{"return_dict": True, **examples(0, NUM_EXAMPLES)}])
     for name, values in curvature.weights.items():
         torch.testing.assert_close(found.weights[name], values, rtol=1e-4, atol=1e-12)
 
 
 def test_activations_in_place_do_not_disturb(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
     model, batch = convolutions
-    expected = diagonal_curvature(model, [batch])
+    expected = estimate_curvature(model, [batch])
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
-    found = diagonal_curvature(model, [batch])
+    found = estimate_curvature(model, [batch])
     for name, values in expected.scales.items():
         torch.testing.assert_close(found.scales[name], values)
 
@@ -158,4 +158,4 @@ def test_activations_in_place_do_not_disturb(convolutions: tuple[nn.Module, dict
 )
 def test_data_without_a_loss_is_refused(batches: list[dict[str, Tensor]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        diagonal_curvature(patched(), batches)
+        estimate_curvature(patched(), batches)

@@ -44,6 +44,7 @@ DOWNHILL = [
     "curvature",
     "laplace",
     "relevance",
+    "evidence",
     "budget",
     "selection",
     "pruning",

@@ -19,6 +19,7 @@ from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.persistence import from_pretrained
+from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.tolerance import (
     CHOSEN_SPEEDUP,
@@ -54,7 +55,7 @@ SHARES = (0.9, 0.5, 0.3, 0.1, 0.03)
 def test_a_size_costs_what_it_says(share_left: float) -> None:
     model = posterior()
     costs = Costs(model, length=LENGTH)
-    kept = costs.macs(unit_counts(costs.sublayers, size_mask(model, model, share_left, length=LENGTH)))
+    kept = costs.macs(unit_counts(costs.sublayers, size_mask(model, unit_relevance(model), share_left, length=LENGTH)))
     unit = max(costs.macs({}) - costs.macs({part.path: part.num_units - 1}) for part in costs.sublayers)
     assert share_left * costs.macs({}) - unit <= kept <= share_left * costs.macs({})
 
@@ -63,12 +64,14 @@ def test_sizes_are_nested() -> None:
     model = posterior()
     for share in SHARES:
         before = read_mask(model).keep
-        mask_model_(model, size_mask(model, model, share, length=LENGTH))
+        mask_model_(model, size_mask(model, unit_relevance(model), share, length=LENGTH))
         assert not any((keep & ~before[path]).any() for path, keep in read_mask(model).keep.items())
 
 
 def test_a_size_is_that_of_the_posterior_and_not_of_the_model() -> None:
-    first, second = (size_mask(posterior(), posterior(seed), 0.5, length=LENGTH).keep for seed in (1, 2))
+    first, second = (
+        size_mask(posterior(), unit_relevance(posterior(seed)), 0.5, length=LENGTH).keep for seed in (1, 2)
+    )
     assert any(not torch.equal(keep, second[path]) for path, keep in first.items())
 
 
@@ -102,7 +105,7 @@ def test_halving_comes_as_near_as_it_can(threshold: float) -> None:
 
 def test_a_keepsake_is_the_model_that_was_kept(tmp_path: Path) -> None:
     model = posterior()
-    mask_model_(model, size_mask(model, model, 0.5, length=LENGTH))
+    mask_model_(model, size_mask(model, unit_relevance(model), 0.5, length=LENGTH))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Keepsake().save(tmp_path)
     assert list(tmp_path.iterdir()) == []
