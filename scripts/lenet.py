@@ -10,25 +10,31 @@ processes may share the file and the work.
 
 import argparse
 import gzip
-import json
-import math
-import random
 import statistics
 import struct
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.chain_runs import (
+    CONTROL,
+    PRIORS,
+    Course,
+    accuracy,
+    finish,
+    spread,
+    train_dense_,
+    train_variational_,
+    units_kept,
+)
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
-from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
-from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask
@@ -41,16 +47,10 @@ BATCH_SIZE = 100
 DENSE_EPOCHS = 10
 VARIATIONAL_EPOCHS = 120
 KL_WEIGHT = 0.5
-#: Share of the variational epochs over which the weight of the KL term rises linearly from 0.
-WARMUP_SHARE = 0.3
 LEARNING_RATE = 1e-3
 LOG_VAR_LEARNING_RATE = 1e-2
 #: The network is trained from scratch, so it stands more noise than a pretrained one.
 INITIAL_LOG_VAR = -9.0
-#: Stands in the place of a prior for the dense network, trained on for as many epochs.
-CONTROL = "dense"
-#: What runs if nobody says.
-PRIORS = (str(PriorType.GROUP), str(PriorType.MIXTURE), CONTROL)
 RESULTS_FILE = Path(__file__).parent / "results" / "lenet.jsonl"
 
 
@@ -138,98 +138,6 @@ def lenet() -> nn.Sequential:
     return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
-def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run once through the data in random order.
-
-    Args:
-        images: Training images.
-        labels: Their labels.
-
-    Yields:
-        Batches of images and labels.
-    """
-    for index in torch.randperm(len(images)).split(BATCH_SIZE):
-        yield images[index], labels[index]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Score a model.
-
-    Args:
-        model: The network.
-        images: Held-out images.
-        labels: Their labels.
-
-    Returns:
-        Accuracy in percent.
-    """
-    model.eval()
-    return 100 * (model(images).argmax(1) == labels).double().mean().item()
-
-
-def train_dense_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Train by maximum likelihood, in place.
-
-    Args:
-        model: The network.
-        images: Training images.
-        labels: Their labels.
-        epochs: Number of passes.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    model.train()
-    for _ in range(epochs):
-        for x, y in batches(images, labels):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-
-def train_variational_(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, kl_weight: float) -> None:
-    """Maximise the ELBO (1), in place; one step of EM per optimizer step.
-
-    Args:
-        model: The patched network.
-        images: Training images.
-        labels: Their labels.
-        epochs: Number of passes.
-        kl_weight: Weight of the KL term after its rise.
-    """
-    set_variational_(model, noise=True, collect_kl=True)
-    log_vars = [layer.log_var for layer in variational_layers(model).values()]
-    others = [parameter for name, parameter in model.named_parameters() if not name.endswith("log_var")]
-    optimizer = torch.optim.Adam([
-        {"params": others, "lr": LEARNING_RATE},
-        {"params": log_vars, "lr": LOG_VAR_LEARNING_RATE},
-    ])
-    num_data, step = len(images), 0
-    warmup_steps = WARMUP_SHARE * epochs * math.ceil(num_data / BATCH_SIZE)
-    model.train()
-    for _ in range(epochs):
-        for x, y in batches(images, labels):
-            risen = min(1.0, step / warmup_steps)
-            optimizer.zero_grad()
-            nll = F.cross_entropy(model(x), y)
-            (nll + kl_weight * risen * kl_divergence(model) / num_data).backward()
-            optimizer.step()
-            em_step_(model)
-            step += 1
-
-
-def neurons_left(mask: RelevanceMask) -> tuple[int, int]:
-    """Count what a mask keeps.
-
-    Args:
-        mask: Mask over the two hidden layers.
-
-    Returns:
-        Neurons left in each.
-    """
-    first, second = (int(keep.all(0).sum()) for keep in mask.keep.values())
-    return first, second
-
-
 def sparsify_(model: nn.Module, images: Tensor, labels: Tensor, job: Job) -> tuple[int, int]:
     """Train under the prior and remove what the rule finds irrelevant, in place and for good.
 
@@ -249,10 +157,12 @@ def sparsify_(model: nn.Module, images: Tensor, labels: Tensor, job: Job) -> tup
         initial_log_var=INITIAL_LOG_VAR,
     )
     patch_model_(model, config)
-    train_variational_(model, images, labels, job.epochs, job.kl_weight)
+    course = Course(images, labels, job.epochs, BATCH_SIZE, LEARNING_RATE)
+    train_variational_(model, course, {"log_var": LOG_VAR_LEARNING_RATE}, kl_weight=job.kl_weight)
     mask = relevance_mask(model)
     prune_model_(model, mask)
-    return neurons_left(mask)
+    first, second = units_kept(mask)
+    return first, second
 
 
 def run(job: Job, data: tuple[Tensor, ...]) -> Run:
@@ -268,12 +178,13 @@ def run(job: Job, data: tuple[Tensor, ...]) -> Run:
     start = time.perf_counter()
     train_images, train_labels, images, labels = data
     torch.manual_seed(1000 * job.fold + job.seed)
+    course = partial(Course, train_images, train_labels, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
     model = lenet()
-    train_dense_(model, train_images, train_labels, DENSE_EPOCHS)
+    train_dense_(model, course(DENSE_EPOCHS))
     dense_accuracy = accuracy(model, images, labels)
     left = (300, 100)
     if job.prior == CONTROL:
-        train_dense_(model, train_images, train_labels, job.epochs)
+        train_dense_(model, course(job.epochs))
     else:
         left = sparsify_(model, train_images, train_labels, job)
     return Run(
@@ -284,34 +195,6 @@ def run(job: Job, data: tuple[Tensor, ...]) -> Run:
         seconds=round(time.perf_counter() - start, 1),
         torch_version=torch.__version__,
     )
-
-
-def read_runs(path: Path) -> dict[Job, Run]:
-    """Read the finished runs.
-
-    Args:
-        path: File with one run per line, or no file yet.
-
-    Returns:
-        Job -> its run; the first one where two processes did the same.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    runs: dict[Job, Run] = {}
-    for finished in (Run(**json.loads(line)) for line in lines):
-        runs.setdefault(finished.job, finished)
-    return runs
-
-
-def append_run(path: Path, finished: Run) -> None:
-    """Add a line to the results.
-
-    Args:
-        path: File with one run per line; made if missing.
-        finished: The run.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # one write at the end of the file, whoever else writes to it
-        file.write(json.dumps(asdict(finished)).encode() + b"\n")
 
 
 def summarise(runs: list[Run]) -> str:
@@ -329,18 +212,13 @@ def summarise(runs: list[Run]) -> str:
     ]
     for prior in sorted({done.prior for done in runs}):
         chosen = [done for done in runs if done.prior == prior]
-
-        def cell(values: list[float], unit: str = "") -> str:
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            return f"{statistics.mean(values):.2f} ± {error:.2f}{unit}"
-
         left = [sum(done.neurons_left) for done in chosen]
         first, second = (statistics.mean(done.neurons_left[layer] for done in chosen) for layer in (0, 1))
         rows.append(
             f"| {prior} | {len(chosen)} | {first:.1f} + {second:.1f} of 300 + 100 "
-            f"| {cell([100 - count / 4 for count in left], ' %')} "
-            f"| {cell([done.dense_accuracy for done in chosen])} | {cell([done.accuracy for done in chosen])} "
-            f"| {cell([done.dense_accuracy - done.accuracy for done in chosen])} |"
+            f"| {spread([100 - count / 4 for count in left], ' %')} "
+            f"| {spread([done.dense_accuracy for done in chosen])} | {spread([done.accuracy for done in chosen])} "
+            f"| {spread([done.dense_accuracy - done.accuracy for done in chosen])} |"
         )
     return "\n".join(rows)
 
@@ -405,13 +283,8 @@ def main(argv: list[str]) -> None:
         argv: Arguments without the program's name.
     """
     args = parse_args(argv)
-    jobs = jobs_of(args)
     data = list(folds(*load_images(args.data_dir)))
-    # Read before every run, as another process may have finished jobs; in no order, as it may have begun the next one.
-    while missing := set(jobs) - (runs := read_runs(args.results_file)).keys():
-        job = random.choice(list(missing))
-        append_run(args.results_file, run(job, data[job.fold]))
-    print(summarise([runs[job] for job in jobs]))
+    print(summarise(finish(args.results_file, jobs_of(args), lambda job: run(job, data[job.fold]), Run)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.chain_runs import append_run, read_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,9 +148,9 @@ def test_work_is_shared_with_another_process(
 
     def run(job: object, _: object) -> object:
         ours.append(job)
-        missing = [other for other in jobs if other != job and other not in lenet.read_runs(results)]
+        missing = [other for other in jobs if other != job and other not in read_runs(results, lenet.Run)]
         for other in [job, *missing[:1]]:
-            lenet.append_run(results, finished(other, accuracy=80.0))
+            append_run(results, finished(other, accuracy=80.0))
         return finished(job)
 
     monkeypatch.setattr(lenet, "run", run)
@@ -178,7 +179,7 @@ def test_the_table_holds_mean_and_standard_error(accuracies: list[float]) -> Non
 
 def test_the_published_results_are_of_one_setting_each_once() -> None:
     results = lines(lenet.RESULTS_FILE)
-    runs = lenet.read_runs(lenet.RESULTS_FILE)
+    runs = read_runs(lenet.RESULTS_FILE, lenet.Run)
     assert len(runs) == len(results)
     settings = {(run.epochs, run.kl_weight, run.grouping, run.group_scale) for run in runs}
     assert (lenet.VARIATIONAL_EPOCHS, lenet.KL_WEIGHT, "sides", True) in settings
