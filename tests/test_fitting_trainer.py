@@ -92,8 +92,8 @@ def test_a_loss_of_ones_own_counts(tmp_path: Path) -> None:
         return 0 * outputs.logits.sum()
 
     trainer = closed(tmp_path, trainer_options={"compute_loss_func": flat})
-    assert max(worth.max().item() for worth in trainer.closed_form_evidence().values()) <= 0
-    assert max(worth.max().item() for worth in closed(tmp_path).closed_form_evidence().values()) > 0
+    assert max(worth.max().item() for worth in trainer.closed_form_evidence().values()) < 1e-3
+    assert max(worth.max().item() for worth in closed(tmp_path).closed_form_evidence().values()) > 1
 
 
 @pytest.mark.parametrize("num_examples", [8, 20])

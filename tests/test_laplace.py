@@ -28,7 +28,8 @@ def random_curvature(model: nn.Module, seed: int, *, level: float = 1.0) -> Curv
     layers = variational_layers(model)
     return Curvature(
         {name: draw(layer.log_var) for name, layer in layers.items()},
-        {name: draw(layer.log_var.new_empty(layer.prior.num_groups)) for name, layer in layers.items()},
+        # Of a single example, whose squares they are.
+        {name: draw(layer.log_var.new_empty(1, layer.prior.num_groups)).sqrt() for name, layer in layers.items()},
     )
 
 
@@ -112,14 +113,14 @@ def test_more_data_keep_more() -> None:
 
     scales = [mean_scale(num_data) for num_data in (1e1, 1e3, 1e5, 1e7)]
     assert scales == sorted(scales)
-    assert scales[0] < 0.1 < 0.9 < scales[-1]
+    assert scales[0] < 0.2 < 0.9 < scales[-1]
 
 
 def test_a_group_that_nothing_holds_goes() -> None:
     model = patched()
     curvature = random_curvature(model, 3, level=1e3)
     name, layer = next(iter(variational_layers(model).items()))
-    curvature.scales[name][0] = 0.0
+    curvature.scores[name][:, 0] = 0.0
     curvature.weights[name][layer.prior.feature_group == 0] = 0.0
     fit_posterior_(model, curvature, num_data=1e6)
     assert layer.group_scale[0] == 0
