@@ -149,7 +149,9 @@ def keep_within(
 def _worths(sublayer: Sublayer, weakest: Tensor, price: float, present: RelevanceMask) -> Tensor:
     """Tell the relevance per cost of each unit of a sub-layer, shape `(num_units,)`."""
     # What costs nothing is not worth removing.
-    worths = weakest.cpu().double() / price if price > 0 else torch.full((sublayer.num_units,), inf, dtype=torch.float64)
+    worths = (
+        weakest.cpu().double() / price if price > 0 else torch.full((sublayer.num_units,), inf, dtype=torch.float64)
+    )
     gone = torch.ones(sublayer.num_units, dtype=torch.bool).index_fill_(0, present.kept_units(sublayer), False)
     return worths.masked_fill(gone & worths.isfinite(), _GONE)
 

@@ -103,7 +103,8 @@ def _proposals(config: PreTrainedConfig, left: list[Sublayer], whole: list[Subla
     fixed = {name: head_size for name in _HEAD_SIZES if head_size and shares[Unit.HEAD] != {Fraction(1)}}
     for chosen in product(*choices):
         sizes = {name: _number(config, name) * share for (_, name), share in zip(names, chosen, strict=True)}
-        if all(size.denominator == 1 for size in sizes.values()):
+        # No class is made for layers without anything.
+        if all(size.denominator == 1 and size > 0 for size in sizes.values()):
             known = {name: size for name, size in fixed.items() if hasattr(config, name)}
             yield {name: int(size) for name, size in sizes.items()} | known
 
