@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_vdneuron.selection import Alignment, Layout
     from hf_vdneuron.trainer import VDTrainer
     from hf_vdneuron.training_args import VDTrainingArguments
+    from hf_vdneuron.vocabulary import trim_vocabulary
 
 __all__ = [  # noqa: RUF022  # in the order of use
     # The whole way: fine-tune, sparsify, prune, recover
@@ -35,6 +36,7 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "Layout",
     # Without training
     "sparsify",
+    "trim_vocabulary",
     # Load what came out, and show it to others
     "from_pretrained",
     "allow_plain_loading_",
@@ -74,6 +76,7 @@ _HOMES = {
     "selection": ("Alignment", "Layout"),
     "trainer": ("VDTrainer",),
     "training_args": ("VDTrainingArguments",),
+    "vocabulary": ("trim_vocabulary",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

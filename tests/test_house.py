@@ -87,6 +87,9 @@ DOWNHILL = [
     "model_card",
     "report_page",
     "publishing",
+    "subwords",
+    "embeddings",
+    "vocabulary",
 ]
 
 MAX_MODULE_LINES = 400
