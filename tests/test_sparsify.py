@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_samples import columns_for, tiny_classifier, tiny_tokenizer
 from models import cut_
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, CTRLConfig
 
 import hf_vdneuron
 from hf_vdneuron.glue import GLUE_TASKS, GlueTask
@@ -60,9 +60,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": tiny_classifier(2).base_model,
         "pruned": as_pruned_model_(cut_(tiny_classifier(2))),
         "three": tiny_classifier(3),
-        "unknown": AutoModel.from_config(
-            GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, bos_token_id=2, eos_token_id=3)
-        ),
+        "unknown": AutoModel.from_config(CTRLConfig(n_embd=8, n_layer=1, n_head=2, dff=8, vocab_size=20)),
         "damaged": tiny_classifier(2).base_model,
         "pickled": tiny_classifier(2).base_model,
     }
@@ -282,7 +280,7 @@ def test_without_choices_all_rows_are_trained_on(samples: Path) -> None:
         pytest.param({"model_name_or_path": "{root}/three"}, "is a classifier with 3 labels", id="other_labels"),
         pytest.param(
             {"model_name_or_path": "{root}/unknown"},
-            "unknown': Model type `gpt2` is not supported",
+            "unknown': Model type `ctrl` is not supported",
             id="unsupported_architecture",
         ),
         pytest.param({"dataset_dir": "nowhere"}, "does not exist", id="no_data"),
