@@ -14,11 +14,12 @@ README = Path(__file__).parents[1] / "README.md"
 # What a reader has at hand: a model, rows, a place to write to.
 PREAMBLE = """
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_vdneuron
 from hf_vdneuron import VDTrainer, VDTrainingArguments
 
 name, out, steps = "model", "out", 6
+tokenizer, texts = AutoTokenizer.from_pretrained(name), ["a good film", "a bad film"]
 data = [{"input_ids": torch.tensor([2, 5 + row % 10, 3]), "labels": row % 2} for row in range(16)]
 batches = [{name: torch.as_tensor(value)[None] for name, value in row.items()} for row in data]
 """
@@ -26,7 +27,7 @@ batches = [{name: torch.as_tensor(value)[None] for name, value in row.items()} f
 
 def test_its_lines_of_python(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     tiny_classifier(2).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     # The reader's machine may have an accelerator; the test's arguments keep to the CPU.
