@@ -76,7 +76,10 @@ def test_pruned_equals_masked(row: str) -> None:
     for attention in attentions(row):
         dense = zoo_model(row, attention)
         before = logits(dense)
-        for name, mask in masks(dense).items():
+        chosen = masks(dense)
+        if attention != "eager":  # which differ in what they do with heads, and not in what is left of them
+            chosen = {name: chosen[name] for name in ("ragged", "first_empty")}
+        for name, mask in chosen.items():
             masked = mask_model_(deepcopy(dense), mask)
             expected = logits(masked)
             assert (expected - before).abs().max() > 0.01, (name, attention)
