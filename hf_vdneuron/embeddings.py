@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_vdneuron.skeletons import skeleton, tensor_shapes
+
 
 __all__ = ["configured_ids", "vocabulary_size", "with_tokens"]
 
@@ -96,7 +98,7 @@ def with_tokens(model: _Model, order: list[int]) -> _Model:
     for part in _with_parts(config):
         _renumber_(part, order)
     config.get_text_config().vocab_size = len(order)
-    old, new = _skeleton(model, model.config), _skeleton(model, config)
+    old, new = skeleton(type(model), model.config), skeleton(type(model), config)
     _require_native(model, old)
     tables = _find_tables(model, old, new)
     _require_same_positions(model, old, new, tables)
@@ -153,23 +155,13 @@ def _mapped(value: object, new_ids: Mapping[int, int]) -> object:
     return new_ids.get(value, value) if type(value) is int else value
 
 
-def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model of the same class without memory."""
-    with torch.device("meta"):
-        return type(model)(deepcopy(config))
-
-
-def _require_native(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    difference = _shapes(model.state_dict()) ^ _shapes(skeleton.state_dict())
+def _require_native(model: PreTrainedModel, native: PreTrainedModel) -> None:
+    difference = tensor_shapes(model).items() ^ tensor_shapes(native).items()
     if difference:
         raise ValueError(
             f"Cannot trim the vocabulary of `{type(model).__name__}`: expected the tensors that its class builds from "
             f"its config, got others: {reprlib.repr(sorted(difference))}. Unpatch it, or undo what else was changed."
         )
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +178,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _find_tables(model: PreTrainedModel, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, int]:
     """Find the tensors that have an axis of the vocabulary, and that axis."""
-    sizes, others = (dict(_shapes(_tensors(skeleton))) for skeleton in (old, new))
+    sizes, others = ({name: tuple(tensor.shape) for name, tensor in _tensors(built).items()} for built in (old, new))
     changes = {name: list(zip(shape, others[name], strict=True)) for name, shape in sizes.items()}
     tables = {name: [axis for axis, (was, now) in enumerate(change) if was != now] for name, change in changes.items()}
     tables = {name: axes for name, axes in tables.items() if axes}

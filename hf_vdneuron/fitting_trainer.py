@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from hf_vdneuron.curvature import Curvature, estimate_curvature
-from hf_vdneuron.evidence import unit_evidence
-from hf_vdneuron.laplace import fit_posterior_
+from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.resumable_trainer import ResumableTrainer
-from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
 from hf_vdneuron.sharding import dense_copy
 
 
@@ -32,17 +30,16 @@ class FittingTrainer(ResumableTrainer):
         """Measure the evidence for heads and neurons as the model is now. Every process has to call this.
 
         Returns:
-            Path of each sub-layer -> nats, shape `(num_sides, num_units)`, the same on every process.
+            Path of each sub-layer -> nats, shape `(num_sides, num_units)`.
 
         Raises:
-            ValueError: If the loss of an example has no gradient.
+            ValueError: If there is no training example.
         """
         posterior = patch_model_(dense_copy(self.model), self.vd_config)
         own = estimate_curvature(posterior, self._examples(), loss=self._loss)
         # Each process has seen a share of the examples.
         curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
-        fit_posterior_(posterior, curvature, num_data=PRETRAINING_EVIDENCE)
-        return unit_evidence(posterior, curvature, num_data=PRETRAINING_EVIDENCE)
+        return closed_form_evidence(posterior, curvature)
 
     def _examples(self) -> Iterator[Mapping[str, Any]]:
         """Read the same training examples each time, drawn at random where they can be."""

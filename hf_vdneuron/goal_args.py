@@ -98,6 +98,11 @@ class GoalArguments:
         return next((name for name in _TOLERANCES if getattr(self, name) is not None), None)
 
     @property
+    def asked(self) -> str | None:
+        """Name of the target or tolerance that is set, None if the dropout-rate rule decides."""
+        return self.target or self.tolerance_name
+
+    @property
     def alignment(self) -> Alignment:
         """Which numbers of heads and neurons a cut may leave."""
         return Alignment(self.layout, self.round_heads_to, self.round_neurons_to)

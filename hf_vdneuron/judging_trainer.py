@@ -17,6 +17,7 @@ from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask, unit_relevance
+from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.tolerance import DENSE_VALUE, ToleranceCallback, last_logged
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -39,6 +40,11 @@ class JudgingTrainer(FittingTrainer):
 
     args: VDTrainingArguments
     max_length: int
+
+    @property
+    def plan(self) -> PhasePlan:
+        """Optimizer steps of each phase; known once `train()` has counted its steps."""
+        return self.args.phase_plan(self.state.max_steps)
 
     @property
     def choice_dataset(self) -> EvalData:
@@ -97,17 +103,17 @@ class JudgingTrainer(FittingTrainer):
     def _relevance(self, is_first: bool = True) -> dict[str, Tensor]:
         """Measure what units are worth, by the posterior that the run has trained or in closed form."""
         # A trained one is as good as new for the first cut only: behind it, the weights move on without it.
-        is_trained = self.args.phase_plan(self.state.max_steps).sparsify_steps > 0
-        return unit_relevance(self.model) if is_trained and is_first else self.closed_form_evidence()
+        is_trained = self.plan.sparsify_steps > 0 and is_first
+        relevance = unit_relevance(self.model) if is_trained else self.closed_form_evidence()
+        # Every process has to remove the same.
+        return cast(dict[str, Tensor], broadcast_object_list([relevance])[0])
 
     def _choose(self) -> RelevanceMask:
         """Decide what is kept of what is left, by a target or the rule."""
+        present = read_mask(self.model)
         if self.args.target is None:
-            kept = relevance_mask(self.model, self.args.dropout_rate_threshold) & read_mask(self.model)
-        else:
-            kept = self._steering.mask(self._relevance(), self.args, present=read_mask(self.model))
-        # Every process has to remove the same.
-        return cast(RelevanceMask, broadcast_object_list([kept])[0])
+            return relevance_mask(self.model, self.args.dropout_rate_threshold) & present
+        return self._steering.mask(self._relevance(), self.args, present=present)
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""

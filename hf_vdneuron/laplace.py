@@ -57,7 +57,7 @@ def fit_posterior_(model: nn.Module, curvature: Curvature, *, num_data: float, r
             layer.log_var.copy_(-(num_data * curvature.weights[path] + precision).log())
             if layer.group_scale is not None:
                 pulled = precision * layer.direction.to(precision.dtype).square()
-                pull = layer.prior.sum_groups(pulled.movedim(layer.group_axis, 0).flatten(1).sum(1))
+                pull = layer.prior.sum_weights(pulled, layer.group_axis)
                 held = num_data * curvature.scales[path]
                 # A group that nothing holds goes; one that nothing pulls at either stays as it is.
                 layer.group_scale.copy_(torch.where(held + pull > 0, held / (held + pull), layer.group_scale))

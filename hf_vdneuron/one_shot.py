@@ -11,15 +11,13 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, Costs
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.curvature import Batches, estimate_curvature
-from hf_vdneuron.evidence import unit_evidence
-from hf_vdneuron.laplace import fit_posterior_
+from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import reconstruct_
 from hf_vdneuron.relevance import unit_relevance
-from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
-from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
+from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
 from hf_vdneuron.targets import BUDGETS, DEFAULT_LENGTH
 
 
@@ -34,7 +32,7 @@ def closed_form_mask(
     budget: Budget,
     *,
     vd_config: VDConfig | None = None,
-    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
+    alignment: Alignment = FREE,
 ) -> RelevanceMask:
     """Choose what to keep by the evidence for it, with a posterior in closed form.
 
@@ -53,9 +51,7 @@ def closed_form_mask(
     """
     patched = patch_model_(deepcopy(model), vd_config)
     budget.require_reachable(irremovable_units(unit_relevance(patched)))
-    curvature = estimate_curvature(patched, batches)
-    fit_posterior_(patched, curvature, num_data=PRETRAINING_EVIDENCE)
-    evidence = unit_evidence(patched, curvature, num_data=PRETRAINING_EVIDENCE)
+    evidence = closed_form_evidence(patched, estimate_curvature(patched, batches))
     return keep_within(find_sublayers(patched), evidence, budget, alignment=alignment)
 
 
@@ -69,7 +65,7 @@ def sparsify(
     vd_config: VDConfig | None = None,
     max_length: int = DEFAULT_LENGTH,
     reconstruct: bool = True,
-    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
+    alignment: Alignment = FREE,
 ) -> _Model:
     """Remove the heads and neurons that a fine-tuned model needs least, without training it.
 

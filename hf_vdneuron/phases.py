@@ -25,7 +25,7 @@ class PhaseCallback(TrainerCallback):
     """Leads a model through the phases of every run of its trainer.
 
     Where a step stands is a function of its number, so a resumed run needs nothing of the one before it but the
-    model, the optimizer, the teacher and the steering.
+    model, the optimizer, the teacher and the steering. A tolerance cuts by a callback of its own.
 
     Args:
         teacher: Takes the fine-tuned model.
@@ -33,8 +33,6 @@ class PhaseCallback(TrainerCallback):
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
         choose: Function that says what the posterior keeps.
-
-    A tolerance cuts by a callback of its own.
 
     Attributes:
         is_cut: Whether this run has masked all that is irrelevant.
@@ -141,9 +139,7 @@ class PhaseCallback(TrainerCallback):
             **run: Model and optimizer.
         """
         plan, model, step = args.phase_plan(state.max_steps), run["model"], state.global_step
-        # A trained one is there from its first step on, one in closed form as soon as the model is fine-tuned.
-        has_posterior = step >= plan.sparsify_start + min(1, plan.sparsify_steps)
-        if args.removes and has_posterior and not self.is_cut:
+        if args.removes and step >= plan.posterior_start and not self.is_cut:
             if step == plan.sparsify_start:
                 self.score("dense")
             if args.tolerance is None:

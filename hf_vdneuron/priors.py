@@ -117,6 +117,18 @@ class Prior(nn.Module, ABC):
         zeros = per_feature.new_zeros(*per_feature.shape[:-1], self.num_groups)
         return zeros.index_add_(-1, self.feature_group, per_feature)
 
+    def sum_weights(self, per_weight: Tensor, axis: int) -> Tensor:
+        """Sum over the weights of each group.
+
+        Args:
+            per_weight: One value per weight, at least two axes.
+            axis: Axis along which groups lie.
+
+        Returns:
+            One per group, shape `(G,)`.
+        """
+        return self.sum_groups(per_weight.movedim(axis, 0).flatten(1).sum(1))
+
     def extra_repr(self) -> str:
         """Describe the prior in a printed model.
 

@@ -117,6 +117,11 @@ class PhasePlan:
         """First step of the third phase."""
         return self.finetune_steps + self.sparsify_steps
 
+    @property
+    def posterior_start(self) -> int:
+        """Steps after which there is a posterior: its first one, or all of fine-tuning if it is in closed form."""
+        return self.sparsify_start + min(1, self.sparsify_steps)
+
     def phase_at(self, step: int) -> Phase:
         """Tell which phase an optimizer step belongs to.
 

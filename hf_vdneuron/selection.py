@@ -17,7 +17,7 @@ from hf_vdneuron.masks import RelevanceMask, end_units
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
-__all__ = ["Alignment", "Layout", "irremovable_units", "keep_within", "unit_prices"]
+__all__ = ["FREE", "Alignment", "Layout", "irremovable_units", "keep_within", "unit_prices"]
 
 #: Worth of a unit that is gone already: less than any other, and still a number.
 _GONE = -1e300
@@ -73,6 +73,11 @@ class Alignment:
         return list(groups.values())
 
 
+#: No alignment at all.
+FREE = Alignment()
+
+_ALL = RelevanceMask({})
+
 #: A unit: path of its sub-layer, and its index there.
 _Member = tuple[str, int]
 
@@ -97,8 +102,8 @@ def keep_within(
     relevance: Mapping[str, Tensor],
     budget: Budget,
     *,
-    alignment: Alignment = Alignment(),  # it is frozen
-    present: RelevanceMask = RelevanceMask({}),  # noqa: B008  # likewise
+    alignment: Alignment = FREE,
+    present: RelevanceMask = _ALL,
 ) -> RelevanceMask:
     """Keep what says most for what it costs, and no more than a budget allows.
 
@@ -112,7 +117,7 @@ def keep_within(
             Units with infinite relevance stay.
         budget: What may be kept.
         alignment: Which numbers of units it may be.
-        present: What is there; the rest goes first.
+        present: What is there; the rest goes first, and does not come back.
 
     Returns:
         A mask over every sub-layer. Each removed unit ends on its less relevant side.
@@ -140,10 +145,11 @@ def keep_within(
     for block in _fill(blocks[: _shortest_prefix(blocks, sizes, budget)], sizes, budget):
         for path, unit in block.members:
             gone[path][unit] = True
-    return RelevanceMask({
+    kept = {
         sublayer.path: end_units(sublayer, (relevance[sublayer.path] == weakest[sublayer.path]) & gone[sublayer.path])
         for sublayer in sublayers
-    })
+    }
+    return RelevanceMask(kept) & present
 
 
 def _worths(sublayer: Sublayer, weakest: Tensor, price: float, present: RelevanceMask) -> Tensor:

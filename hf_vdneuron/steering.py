@@ -234,7 +234,7 @@ class Steering:
         if self._course is None:
             raise RuntimeError("There is no target to keep to: expected a run that has one, and has begun.")
         course, alignment = self._course, args.alignment
-        return keep_within(course.sublayers, relevance, course.budget, alignment=alignment, present=present) & present
+        return keep_within(course.sublayers, relevance, course.budget, alignment=alignment, present=present)
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

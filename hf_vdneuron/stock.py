@@ -7,12 +7,12 @@ from fractions import Fraction
 from itertools import islice, product
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.modeling_vdneuron import native_class
+from hf_vdneuron.skeletons import skeleton, tensor_shapes
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
@@ -40,7 +40,7 @@ _COUNTS = {
 }
 
 #: Numbers that modules remember of their config and make no use of once they are built.
-_REMEMBERED = frozenset({*_COUNTS[Unit.NEURON]})
+_REMEMBERED = frozenset(_COUNTS[Unit.NEURON])
 
 #: Names under which configs hold the size of a head, which otherwise follows from the number of heads.
 _HEAD_SIZES = ("head_dim", "d_kv")
@@ -121,15 +121,13 @@ def _build(model: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel 
     try:
         for name, number in sizes.items():
             setattr(config, name, number)
-        with torch.device("meta"):
-            return native_class(type(model))(config)
+        return skeleton(native_class(type(model)), config)
     except _UNSUITABLE:
         return None
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
     """Collect shapes and numbers that a forward pass can depend on, wherever they stand."""
-    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     numbers = {
         f"{path}.{name}": value
         for path, module in model.named_modules()
@@ -138,4 +136,4 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         and name not in {"training", *_REMEMBERED}
         and not name.startswith("_")
     }
-    return {**tensors, **numbers}
+    return {**tensor_shapes(model), **numbers}

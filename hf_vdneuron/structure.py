@@ -4,11 +4,11 @@
 import copy
 import reprlib
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.modeling_vdneuron import PrunedStructure, adopt_, native_class
+from hf_vdneuron.skeletons import skeleton, tensor_shapes
 from hf_vdneuron.stock import stock_sizes, to_stock_
 
 
@@ -54,8 +54,7 @@ def find_structure(model: PreTrainedModel) -> PrunedStructure:
     Raises:
         ValueError: If the model differs from its native class in other ways than smaller layers.
     """
-    with torch.device("meta"):
-        native = native_class(type(model))(copy.deepcopy(model.config)).base_model
+    native: nn.Module = skeleton(native_class(type(model)), model.config).base_model
     cut, dense = PrunedStructure.of(model.base_model), PrunedStructure.of(native)
     structure = PrunedStructure(
         {path: shape for path, shape in cut.shapes.items() if shape != dense.shapes.get(path)},
@@ -63,7 +62,7 @@ def find_structure(model: PreTrainedModel) -> PrunedStructure:
         cut.heads,
     )
     structure.apply_(native)
-    difference = _tensor_shapes(native) ^ _tensor_shapes(model.base_model)
+    difference = tensor_shapes(native).items() ^ tensor_shapes(model.base_model).items()
     if difference:
         raise ValueError(
             f"`{type(model).__name__}` cannot be saved as a pruned model: expected the layers of its native class, "
@@ -85,7 +84,3 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.vdneuron = None
     return native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
-
-
-def _tensor_shapes(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from hf_vdneuron.budget import Budget, Costs, cost_ratio, unit_counts
+from hf_vdneuron.budget import Budget, Costs, speedup
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.keepsake import Keepsake
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.schedules import PhasePlan, bounds
-from hf_vdneuron.selection import Alignment, irremovable_units, keep_within
+from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
@@ -69,7 +69,7 @@ def size_mask(
     share_left: float,
     *,
     length: int,
-    alignment: Alignment = Alignment(),  # noqa: B008  # it is frozen
+    alignment: Alignment = FREE,
 ) -> RelevanceMask:
     """Choose what a size keeps of what is left of a model.
 
@@ -87,7 +87,7 @@ def size_mask(
     fixed, full = costs.macs(irremovable_units(relevance)), costs.macs({})
     limit = fixed + share_left * (full - fixed)
     budget = Budget("share_left", share_left, costs.macs, limit, lambda cost: (cost - fixed) / (full - fixed))
-    return keep_within(costs.sublayers, relevance, budget, alignment=alignment, present=before) & before
+    return keep_within(costs.sublayers, relevance, budget, alignment=alignment, present=before)
 
 
 class ToleranceCallback(TrainerCallback):
@@ -174,7 +174,7 @@ class ToleranceCallback(TrainerCallback):
             **run: Model and optimizer.
         """
         plan, step, model = args.phase_plan(state.max_steps), state.global_step, run["model"]
-        if step < plan.sparsify_start + min(1, plan.sparsify_steps):
+        if step < plan.posterior_start:
             return
         if step == plan.sparsify_start:
             self._keep_dense_(model, args)
@@ -215,11 +215,11 @@ class ToleranceCallback(TrainerCallback):
 
     def _judge_size_(self, model: nn.Module, args: VDTrainingArguments) -> None:
         tolerance, dense = self._terms(args)
-        value, speedup, share = self.judge(), self._speedup(model), self.keepsake.next_share
-        self.log({CUT_SPEEDUP: speedup, CUT_VALUE: value})
+        value, faster, share = self.judge(), self._speedup(model), self.keepsake.next_share
+        self.log({CUT_SPEEDUP: faster, CUT_VALUE: value})
         if tolerance.allows(value, dense):
             self.keepsake.take_(model, value, share)
-            self.on_size(speedup)
+            self.on_size(faster)
         else:
             self.keepsake.too_small = share
             self.keepsake.give_back_(model)
@@ -235,8 +235,7 @@ class ToleranceCallback(TrainerCallback):
             )
 
     def _speedup(self, model: nn.Module) -> float:
-        costs = Costs(model, length=self.length)
-        return cost_ratio(costs.macs({}), costs.macs(unit_counts(costs.sublayers, read_mask(model))))
+        return speedup(model, read_mask(model), length=self.length)
 
 
 def last_logged(state: TrainerState, name: str) -> float | None:

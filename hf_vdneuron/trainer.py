@@ -40,7 +40,7 @@ from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import irrelevant_weight_share, relevance_mask
 from hf_vdneuron.resumable_trainer import Trial
-from hf_vdneuron.schedules import Phase, PhasePlan
+from hf_vdneuron.schedules import Phase
 from hf_vdneuron.sharding import dense_copy, is_sharded
 from hf_vdneuron.steering import Steering
 from hf_vdneuron.targets import DEFAULT_LENGTH
@@ -139,11 +139,6 @@ class VDTrainer(JudgingTrainer):
     def teacher(self) -> nn.Module | None:
         """Model whose logits are the targets; without a given one, None until sparsification starts."""
         return self._teacher.model
-
-    @property
-    def plan(self) -> PhasePlan:
-        """Optimizer steps of each phase; known once `train()` has counted its steps."""
-        return self.args.phase_plan(self.state.max_steps)
 
     @property
     def phase(self) -> Phase:
@@ -342,7 +337,7 @@ class VDTrainer(JudgingTrainer):
         """
         step, plan = self.state.global_step, self.plan
         # A run that asks for nothing has nothing to decide.
-        first = plan.sparsify_start + min(1, plan.sparsify_steps) if self.args.removes else 1
+        first = plan.posterior_start if self.args.removes else 1
         require_decision(self.model, has_decided=self.state.max_steps > 0 and step >= first, step=step)
         leave_mixed_precision_(self.model)
         mask = self.mask()

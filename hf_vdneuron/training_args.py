@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -12,7 +13,7 @@ from hf_vdneuron.goal_args import GoalArguments, SpeedupFrom
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.relevance import DROPOUT_RATE_THRESHOLD
 from hf_vdneuron.schedules import Decay, Phase, PhasePlan
-from hf_vdneuron.selection import Alignment, Layout
+from hf_vdneuron.selection import FREE, Layout
 
 
 __all__ = ["VDTrainingArguments"]
@@ -206,12 +207,11 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
         self.decay  # noqa: B018  # refuses an unsupported scheduler before any work is done
 
     def _check_ranges(self) -> None:
-        if self.speedup_from not in list(SpeedupFrom):
-            raise ValueError(f"`speedup_from` is {self.speedup_from!r}: expected {' or '.join(SpeedupFrom)}.")
-        self.speedup_from = SpeedupFrom(self.speedup_from)
-        if self.layout not in list(Layout):
-            raise ValueError(f"`layout` is {self.layout!r}: expected {' or '.join(Layout)}.")
-        self.layout = Layout(self.layout)
+        kinds: dict[str, type[StrEnum]] = {"speedup_from": SpeedupFrom, "layout": Layout}
+        for name, kind in kinds.items():
+            if getattr(self, name) not in list(kind):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: expected {' or '.join(kind)}.")
+            setattr(self, name, kind(getattr(self, name)))
         for names, is_valid, expected in _RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -233,7 +233,7 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
                 "`save_posterior` is set, but `save_total_limit` or `save_strategy='best'` would take its checkpoint "
                 "away again: expected neither."
             )
-        if self.alignment != Alignment() and self.target is None and self.tolerance_name is None:
+        if self.alignment != FREE and self.asked is None:
             raise ValueError(
                 "`layout`, `round_heads_to` or `round_neurons_to` is set, but the dropout-rate rule, which decides "
                 "without a target, looks at no numbers: set a target or a tolerance too, or leave them out."
@@ -247,7 +247,7 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
             raise ValueError("`save_posterior` is set, but `sparsify_fraction` is 0: there is no posterior to save.")
 
     def _check_steering(self) -> None:
-        if self.target is None and self.tolerance_name is None:
+        if self.asked is None:
             return
         is_trained = self.fractions[Phase.SPARSIFY] > 0
         if is_trained and (self.target is None or self.kl_weight is not None):
@@ -297,10 +297,9 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
     @property
     def fractions(self) -> dict[Phase, float]:
         """Share of the run of each phase, relative to their sum."""
-        asked = self.target is not None or self.tolerance_name is not None
         sparsify = self.sparsify_fraction
         if sparsify is None:
-            sparsify = 0.0 if asked else SPARSIFY_SHARE
+            sparsify = SPARSIFY_SHARE if self.asked is None else 0.0
         recover = self.recover_fraction
         if recover is None:
             recover = RECOVER_SHARE if sparsify > 0 else LONG_RECOVER_SHARE
@@ -309,7 +308,7 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
     @property
     def removes(self) -> bool:
         """Whether the run makes a cut, by a posterior that it trains or by one in closed form."""
-        return self.fractions[Phase.SPARSIFY] > 0 or self.target is not None or self.tolerance_name is not None
+        return self.fractions[Phase.SPARSIFY] > 0 or self.asked is not None
 
     @property
     def goal(self) -> str:

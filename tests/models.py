@@ -22,6 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.masks import RelevanceMask
 
 
@@ -390,3 +391,13 @@ CHAINS = {
     ),
     **{f"pooling_{name}": _pooled(name) for name in POOLINGS},
 }
+
+
+@torch.no_grad()
+def trained_posterior_(model: nn.Module) -> nn.Module:
+    """Move what patching added, and let about a third of the units lose one of their sides."""
+    for layer in variational_layers(model).values():
+        layer.log_var.uniform_(-8, -4)
+        layer.group_scale.uniform_(0.5, 1.5)
+        layer.group_scale[torch.rand(len(layer.group_scale)) < 0.3] = 1e-6
+    return model

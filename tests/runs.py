@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -81,3 +89,15 @@ def make_trainer(
         train_dataset=rows() if data is None else data,
         **(trainer_options or {}),
     )
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_training_stop = state.global_step == self.step

@@ -6,21 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from runs import PRUNING, make_trainer, rows, tiny_bert
+from runs import PRUNING, StopAt, make_trainer, rows, tiny_bert
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertForMaskedLM,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     default_data_collator,
 )
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron import fitting_trainer
-from hf_vdneuron.budget import Costs, cost_ratio, unit_counts, units_left
+from hf_vdneuron import budget, fitting_trainer
+from hf_vdneuron.budget import Costs, units_left
 from hf_vdneuron.curvature import estimate_curvature
 from hf_vdneuron.elbo import variational_parameters
 from hf_vdneuron.evidence import unit_evidence
@@ -47,22 +44,17 @@ def closed(folder: Path, **options: Any) -> VDTrainer:
 
 
 def speedup(model: nn.Module) -> float:
-    costs = Costs(model, length=LENGTH)
-    return cost_ratio(costs.macs({}), costs.macs(unit_counts(costs.sublayers, read_mask(model))))
+    return budget.speedup(model, read_mask(model), length=LENGTH)
 
 
 class Speedups(TrainerCallback):
-    """Notes how fast the model of each step is, and stops after one if asked to."""
+    """Notes how fast the model of each step is."""
 
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop = stop
+    def __init__(self) -> None:
         self.seen: list[float] = []
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **run: Any) -> None:
         self.seen.append(speedup(model))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_training_stop |= state.global_step == self.stop
 
 
 def test_evidence_is_that_of_the_training_loss(tmp_path: Path) -> None:
@@ -142,7 +134,7 @@ def test_the_cut_precedes_recovery(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 12])
 def test_a_run_that_is_stopped_arrives(tmp_path: Path, stop: int) -> None:
     """But not one that was stopped while it was fine-tuned."""
-    trainer = closed(tmp_path, trainer_options={"callbacks": [Speedups(stop)]})
+    trainer = closed(tmp_path, trainer_options={"callbacks": [StopAt(stop)]})
     trainer.train()
     if stop < CUT:
         assert speedup(trainer.model) == 1

@@ -35,6 +35,7 @@ DOWNHILL = [
     "layouts",
     "architectures",
     "config",
+    "skeletons",
     "stock",
     "structure",
     "elbo",

@@ -19,6 +19,7 @@ from huggingface_hub.utils import close_session
 from models import RAGGED, batch, dense_model, keep_units, mask_of
 from runs import PRUNING, make_trainer
 from safetensors.torch import load, save_file
+from strangers import BLOCKER
 from test_model_card import REPORT
 from transformers.utils import hub as transformers_hub
 
@@ -56,13 +57,10 @@ UPLOADED = {
 }
 
 #: Loads the repository in a process of its own; the package is blocked if there is a third argument.
-LOAD = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_vdneuron":
-            raise ImportError("blocked")
+LOAD = (
+    f"{BLOCKER}"
+    """
+import json
 
 repo, answers_file, *blocked = sys.argv[1:]
 if blocked:
@@ -90,6 +88,7 @@ print(json.dumps({
     "imported": "hf_vdneuron" in sys.modules,
 }))
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import FINETUNE_ONLY, PRUNING, RECOVER_ONLY, arguments, make_trainer, rows, tiny_bert
+from runs import FINETUNE_ONLY, PRUNING, RECOVER_ONLY, StopAt, arguments, make_trainer, rows, tiny_bert
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.masks import read_mask
@@ -25,18 +25,6 @@ EVERY_STEP = {
 }
 
 SCORED = {"eval_dataset": rows()}
-
-
-class StopAt(TrainerCallback):
-    """Ends training after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        control.should_training_stop = state.global_step == self.step
 
 
 class Masks(TrainerCallback):

@@ -28,6 +28,7 @@ from models import (
     places,
     tiny_decoder,
     tiny_model,
+    trained_posterior_,
     unit_masks,
 )
 from torch import Tensor, nn
@@ -240,16 +241,6 @@ def test_pruning_a_chain_twice_equals_pruning_at_once(name: str) -> None:
     at_once = prune_model_(chain.model(), mask_of(keep))
     twice = prune_model_(prune_model_(chain.model(), mask_of(first)), mask_of(rest))
     torch.testing.assert_close(outputs(twice, chain.inputs()), outputs(at_once, chain.inputs()), rtol=0, atol=EXACT)
-
-
-@torch.no_grad()
-def trained_posterior_(model: nn.Module) -> nn.Module:
-    """Move what patching added, and let about a third of the units lose one of their sides."""
-    for layer in variational_layers(model).values():
-        layer.log_var.uniform_(-8, -4)
-        layer.group_scale.uniform_(0.5, 1.5)
-        layer.group_scale[torch.rand(len(layer.group_scale)) < 0.3] = 1e-6
-    return model
 
 
 @pytest.mark.parametrize("grouping", Grouping)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
-from runs import PRUNING, make_trainer, rows, tiny_bert
-from test_phases import StopAt
+from runs import PRUNING, StopAt, make_trainer, rows, tiny_bert
 from torch import Tensor, nn
 from transformers import EvalPrediction
 

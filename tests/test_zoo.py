@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models import trained_posterior_
+from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import ROWS, attentions, auto_class, logits, masks, zoo_batch, zoo_model
 
@@ -128,22 +129,12 @@ def test_divergence_reaches_exactly_what_is_variational(row: str) -> None:
     assert {name for name in own if not model.get_parameter(name).grad.any()} == set()
 
 
-@torch.no_grad()
-def some_posterior_(model: nn.Module) -> nn.Module:
-    """Let about a third of the units lose one of their sides."""
-    for layer in variational_layers(model).values():
-        layer.log_var.uniform_(-8, -4)
-        layer.group_scale.uniform_(0.5, 1.5)
-        layer.group_scale[torch.rand(len(layer.group_scale)) < 0.3] = 1e-6
-    return model
-
-
 @rows
 def test_patched_model_is_cut_to_its_own_mask(row: str) -> None:
     model = patch_model_(zoo_model(row))
     before = logits(model)
     torch.testing.assert_close(before, logits(zoo_model(row)), rtol=0, atol=TOLERANCE)
-    mask = relevance_mask(some_posterior_(model))
+    mask = relevance_mask(trained_posterior_(model))
     mask_model_(model, mask)
     assert all(torch.equal(keep, mask.keep[path]) for path, keep in read_mask(model).keep.items())
     expected = logits(model)
@@ -235,6 +226,6 @@ def test_queries_and_keys_can_be_variational_too(row: str) -> None:
         part.module for sublayer in find_sublayers(model) for part in sublayer.slices if part.role in QUERIES_AND_KEYS
     }
     assert made <= variational_layers(model).keys()
-    mask = relevance_mask(some_posterior_(model))
+    mask = relevance_mask(trained_posterior_(model))
     expected = logits(mask_model_(model, mask))
     torch.testing.assert_close(logits(prune_model_(model)), expected, rtol=0, atol=TOLERANCE)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from strangers import WITHOUT_THE_PACKAGE
 from test_persistence import state
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
@@ -24,15 +25,10 @@ SHARD = "8KB"
 rows = pytest.mark.parametrize("row", ROWS)
 
 #: Loads every model by the code that lies beside it, in a process in which the package cannot be imported.
-STRANGER = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_vdneuron":
-            raise ImportError("blocked")
-
-sys.meta_path.insert(0, Blocker())
+STRANGER = (
+    f"{WITHOUT_THE_PACKAGE}"
+    """
+import json
 import torch, transformers
 from pathlib import Path
 from safetensors.torch import load_file
@@ -52,6 +48,7 @@ for row, auto in json.loads(sys.argv[2]).items():
     found[row] = [sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), torch.equal(logits, expected)]
 print(json.dumps(found))
 """
+)
 
 
 @pytest.fixture(scope="module")
