@@ -247,7 +247,8 @@ PANELS = (
     Panel(
         "units",
         "What is left",
-        "Heads and neurons that would be kept, and weights whose dropout rate is below the threshold.",
+        "Heads and neurons that would be kept, and of a posterior that is trained the weights whose dropout rate is "
+        "below the threshold.",
         {"heads": "heads", "neurons": "neurons", "irrelevant_weights": "relevant weights"},
         _share_kept,
         in_percent=True,

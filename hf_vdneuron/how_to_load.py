@@ -34,7 +34,7 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```"""
 
-_WHOLE = """{title} Nothing was removed in the end, so this is an ordinary
+_WHOLE = """{title} {reason}, so this is an ordinary
 `{architecture}`:
 
 ```python
@@ -44,7 +44,7 @@ model = {auto_class}.from_pretrained("{repo_id}")
 ```"""
 
 
-def how_to_load(*, architecture: str, auto_class: str, repo_id: str, is_cut: bool) -> str:
+def how_to_load(*, architecture: str, auto_class: str, repo_id: str, is_cut: bool, is_smaller: bool = True) -> str:
     """Write how to load a model, and what a plain load says.
 
     Args:
@@ -52,11 +52,17 @@ def how_to_load(*, architecture: str, auto_class: str, repo_id: str, is_cut: boo
         auto_class: Name of an auto class that builds it, such as `AutoModelForSequenceClassification`.
         repo_id: Where it lives, a repository or a folder.
         is_cut: Whether layers are smaller than its config says.
+        is_smaller: Whether anything was removed.
 
     Returns:
         Markdown, without a heading.
     """
     text = _CUT if is_cut else _WHOLE
     return text.format(
-        title=TITLE, architecture=architecture, auto_class=auto_class, repo_id=repo_id, error=LOAD_ERROR
+        title=TITLE,
+        reason="Its config says what is left" if is_smaller else "Nothing was removed in the end",
+        architecture=architecture,
+        auto_class=auto_class,
+        repo_id=repo_id,
+        error=LOAD_ERROR,
     )

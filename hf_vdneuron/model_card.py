@@ -90,22 +90,28 @@ def render_model_card(
         The card.
     """
     return ModelCard.from_template(
-        _metadata(report, repo_id, is_cut=is_cut),
+        _metadata(report, repo_id),
         template_str=_TEMPLATE,
         report=report,
         drawings=drawings,
-        how_to_load=how_to_load(architecture=architecture, auto_class=AUTO_CLASS, repo_id=repo_id, is_cut=is_cut),
+        how_to_load=how_to_load(
+            architecture=architecture,
+            auto_class=AUTO_CLASS,
+            repo_id=repo_id,
+            is_cut=is_cut,
+            is_smaller=report.is_smaller,
+        ),
         score=percent,
         counts=_counts,
         named=named,
     )
 
 
-def _metadata(report: RunReport, repo_id: str, *, is_cut: bool) -> ModelCardData:
+def _metadata(report: RunReport, repo_id: str) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=["hf_vdneuron", "variational-dropout", *(["pruned"] if is_cut else [])],
+        tags=["hf_vdneuron", "variational-dropout", *(["pruned"] if report.is_smaller else [])],
         # The name of a local folder would be taken for a repository.
         base_model=report.base_model if "/" in report.base_model else None,
         model_name=repo_id,

@@ -211,6 +211,11 @@ class RunReport:
     device: str
     versions: dict[str, str]
 
+    @property
+    def is_smaller(self) -> bool:
+        """Whether anything was removed."""
+        return self.pruned.parameters < self.dense.parameters
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
         return asdict(self)

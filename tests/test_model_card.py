@@ -84,6 +84,8 @@ model = AutoModelForSequenceClassification\.from_pretrained\("me/x"\)
 ```
 """
 
+ORDINARY = WHOLE.replace("Nothing was removed in the end", "Its config says what is left")
+
 REST = r"""
 ## What was removed
 
@@ -135,14 +137,26 @@ python scripts/sparsify\.py --task_name mrpc
 """
 
 
+#: Nothing was removed.
+COMPLETE = replace(REPORT, pruned=REPORT.dense)
+
+
 def render(report: RunReport = REPORT, *, is_cut: bool = True) -> str:
     names = {"architecture": "BertForSequenceClassification", "repo_id": "me/x"}
     return str(render_model_card(report, draw_run(report), is_cut=is_cut, **names)) + "\n"
 
 
-@pytest.mark.parametrize(("is_cut", "opening"), [(True, CUT), (False, WHOLE)], ids=["cut", "whole"])
+@pytest.mark.parametrize(
+    ("is_cut", "opening"), [(True, CUT), (False, ORDINARY)], ids=["cut", "cut to what its config says"]
+)
 def test_card_follows_its_pattern(is_cut: bool, opening: str) -> None:
     assert re.fullmatch(TOP + opening + REST, render(is_cut=is_cut))
+
+
+def test_card_of_a_model_that_lost_nothing() -> None:
+    card = render(COMPLETE, is_cut=False)
+    assert re.search(WHOLE, card)
+    assert "pruned" not in ModelCard(card).data.tags
 
 
 def test_card_quotes_what_a_plain_load_says(tmp_path: Path) -> None:
@@ -163,7 +177,7 @@ def test_metadata_can_be_indexed() -> None:
     ]
     assert {result.dataset_type for result in data.eval_results} == {"nyu-mll/glue"}
     assert {result.dataset_config for result in data.eval_results} == {"mrpc"}
-    assert "pruned" not in ModelCard(render(is_cut=False)).data.tags
+    assert "pruned" in ModelCard(render(is_cut=False)).data.tags
 
 
 def test_a_local_model_and_an_own_task_are_no_repositories() -> None:

@@ -128,21 +128,47 @@ def test_it_says_what_was_asked_and_what_came_out(page: str) -> None:
         assert said in text
 
 
-@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "whole"])
-def test_it_says_how_to_load_the_model(is_cut: bool) -> None:
-    text = Reader(render(is_cut=is_cut)).text
+#: Nothing was removed.
+COMPLETE = replace(REPORT, pruned=REPORT.dense)
+
+
+@pytest.mark.parametrize(
+    ("report", "is_cut"),
+    [
+        pytest.param(REPORT, True, id="cut"),
+        pytest.param(REPORT, False, id="cut to what its config says"),
+        pytest.param(COMPLETE, False, id="whole"),
+    ],
+)
+def test_it_says_how_to_load_the_model(report: RunReport, is_cut: bool) -> None:
+    text = Reader(render(report, is_cut=is_cut)).text
     assert 'AutoModelForSequenceClassification.from_pretrained("me/x"' in text
     assert ('hf_vdneuron.from_pretrained("me/x")' in text) == is_cut
     assert ("ignore_mismatched_sizes" in text) == is_cut
     assert ("trust_remote_code" in text) == is_cut
-    assert ("nothing was removed" in text) != is_cut
+    assert ("nothing was removed" in text) == ("Nothing was removed" in text) == (report is COMPLETE)
+    assert ("Its config says what is left" in text) == (report is REPORT and not is_cut)
 
 
 def test_it_says_why_nothing_was_removed() -> None:
     sizes = SizesReport("accuracy", 0.9, 0.89, [1.5, 2.0], [0.8, 0.7], None, 0.85)
-    tolerant = replace(REPORT, training=replace(REPORT.training, sizes=sizes))
-    assert "as everything proved relevant." in Reader(render(is_cut=False)).text
+    tolerant = replace(COMPLETE, training=replace(REPORT.training, sizes=sizes))
+    assert "as everything proved relevant." in Reader(render(COMPLETE, is_cut=False)).text
     assert "as no smaller size was good enough." in Reader(render(tolerant, is_cut=False)).text
+
+
+@pytest.mark.parametrize(
+    ("phases", "said"),
+    [
+        (PhasePlan(300, 500, 200), "The shaded part of each curve is the sparsification"),
+        (PhasePlan(300, 0, 700), "The posterior was taken in closed form"),
+    ],
+    ids=["trained", "in closed form"],
+)
+def test_it_says_where_the_posterior_came_from(drawings: list[Drawing], phases: PhasePlan, said: str) -> None:
+    text = Reader(render(replace(REPORT, training=replace(REPORT.training, phases=phases)), drawings)).text
+    assert said in text
+    assert ("The shaded part" in text) == ("The shaded part" in said)
 
 
 def test_every_figure_is_there_for_everybody(page: str, drawings: list[Drawing]) -> None:

@@ -249,6 +249,22 @@ def test_choices_are_made_on_a_part_of_the_training_set(
     assert report["evaluation"]["num_examples"] == NUM_VALIDATION
 
 
+def test_a_uniform_model_is_ordinary_and_its_card_says_so(samples: Path, tmp_path: Path) -> None:
+    asked = {"heads": False, "layout": "uniform", "target_sparsity": 0.2, "log_var_distance": None}
+    report = report_of(samples, tmp_path, **asked)
+    left = report["pruned"]["neurons_per_layer"]
+    assert len(set(left)) == 1
+    assert left[0] < report["dense"]["neurons_per_layer"][0]
+    card = (tmp_path / "README.md").read_text()
+    assert "Its config says what is left, so this is an ordinary" in card
+    assert "trust_remote_code" not in card
+    assert "nothing was removed" not in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob("*.py"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(model).__module__.startswith("transformers.")
+    assert model.config.intermediate_size == left[0]
+
+
 def test_a_tolerance_is_judged_on_a_part_of_the_training_set(samples: Path, tmp_path: Path) -> None:
     report = report_of(samples, tmp_path, max_metric_drop=0.34, sparsify_fraction=0.5)
     sizes = report["training"]["sizes"]
