@@ -215,4 +215,5 @@ def _join(producer: _Producer, path: str, reader: _Weighted) -> Sublayer:
         companions=tuple(Slice(norm, Role.NORM, Axis.OUT) for norm in producer.norms),
         activations=tuple(producer.activations),
         foldable=reader.bias is not None and producer.foldable and _keeps_constants(reader),
+        minimum=int(producer.signal is not _Signal.NEURONS),  # PyTorch cannot run a convolution without channels
     )

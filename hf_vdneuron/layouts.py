@@ -196,6 +196,7 @@ class FeedForwardLayout:
             activations=(f"{layer}.{self.activation}",) if self.activation else (),
             # A bias of a gated neuron is multiplied by a gate that varies: no constant.
             foldable=not (self.gate or self.depthwise) and dense_layer(model, columns.module).bias is not None,
+            minimum=int(self.depthwise is not None),  # PyTorch cannot run a convolution without channels
         )
 
 

@@ -12,7 +12,7 @@ from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, featur
 from hf_vdneuron.sublayers import Axis, Side, Slice, Sublayer
 
 
-__all__ = ["RelevanceMask", "end_units", "mask_model_", "read_mask"]
+__all__ = ["RelevanceMask", "end_units", "mask_model_", "most_relevant", "read_mask"]
 
 
 @dataclass(frozen=True)
@@ -183,3 +183,16 @@ def end_units(sublayer: Sublayer, ended: Tensor) -> Tensor:
         keep = torch.ones_like(keep)
         keep[-1] = ~ended.any(0)
     return keep
+
+
+def most_relevant(relevance: Tensor, minimum: int) -> Tensor:
+    """List the units that have to stay where a block cannot run without some.
+
+    Args:
+        relevance: One value per unit, shape `(num_units,)`.
+        minimum: How many of them; at most all are.
+
+    Returns:
+        Indices of the most relevant ones, integer, shape `(min(minimum, num_units),)`; of equals, the first.
+    """
+    return relevance.argsort(descending=True, stable=True)[:minimum]

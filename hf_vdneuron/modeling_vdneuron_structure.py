@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "FEATURE_COUNTS",
+    "HEAD_COUNTS",
+    "KEY_COUNTS",
     "PrunedStructure",
+    "WIDTHS",
     "forward_arguments",
     "is_matrix",
     "native_class",
@@ -40,23 +43,29 @@ FEATURE_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 #: Attributes of attention modules that count their heads, the first of them those of queries.
-_HEAD_COUNTS = (
+HEAD_COUNTS = (
     "num_attention_heads",  # bert and its like
     "num_heads",  # gpt2, opt, bloom, falcon, bart and their like
     "n_heads",  # distilbert, t5
 )
 
-#: Attributes of attention modules that follow their number of heads. A new architecture adds its names here; a
+#: Those that count their keys, which several heads can share.
+KEY_COUNTS = (
+    "num_kv_heads",  # falcon
+    "num_key_value_heads",  # phi3
+)
+
+#: Those that hold the number of heads times their size.
+WIDTHS = (
+    "all_head_size",  # bert and its like
+    "dim",  # distilbert
+    "inner_dim",  # t5
+    "split_size",  # gpt2, bloom, falcon
+)
+
+#: Attributes of attention modules that follow their number of heads. A new architecture adds its names above; a
 #: checkpoint can set no other attribute.
-_ATTRIBUTES = frozenset({
-    *_HEAD_COUNTS,
-    "num_kv_heads",  # falcon: keys, which several heads can share
-    "num_key_value_heads",  # phi3: the same
-    "all_head_size",  # bert and its like: heads times their size
-    "dim",  # distilbert: the same
-    "inner_dim",  # t5: the same
-    "split_size",  # gpt2, bloom, falcon: the same
-})
+_ATTRIBUTES = frozenset({*HEAD_COUNTS, *KEY_COUNTS, *WIDTHS})
 
 #: Parameters of attention modules themselves, norms and tables in them, whose last axis follows their number of heads.
 _VECTORS = frozenset({
@@ -267,7 +276,7 @@ def _is_vector(name: str) -> bool:
 
 
 def _num_heads(module: nn.Module) -> int | None:
-    return next((vars(module)[name] for name in _HEAD_COUNTS if name in vars(module)), None)
+    return next((vars(module)[name] for name in HEAD_COUNTS if name in vars(module)), None)
 
 
 def _require(condition: bool, reason: str) -> None:

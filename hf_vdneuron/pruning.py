@@ -41,10 +41,10 @@ def prune_model_(model: nn.Module, mask: RelevanceMask | None = None) -> nn.Modu
         `hf_vdneuron.from_pretrained`.
 
     Raises:
-        ValueError: If the mask does not fit the model, or leaves a convolution without channels.
+        ValueError: If the mask does not fit the model, or leaves a block with fewer units than it can run with.
     """
     mask = read_mask(model) if mask is None else mask
-    _require_channels(model, mask)
+    _require_enough(model, mask)
     unpatch_model_(mask_model_(model, mask))
     for sublayer in find_sublayers(model):
         kept = mask.kept_units(sublayer)
@@ -53,15 +53,14 @@ def prune_model_(model: nn.Module, mask: RelevanceMask | None = None) -> nn.Modu
     return as_pruned_model_(model) if isinstance(model, PreTrainedModel) else model
 
 
-def _require_channels(model: nn.Module, mask: RelevanceMask) -> None:
-    """Refuse what PyTorch cannot run, a convolution from or to no channels, before anything is cut."""
+def _require_enough(model: nn.Module, mask: RelevanceMask) -> None:
+    """Refuse what could not run, such as a convolution without channels, before anything is cut."""
     for sublayer in find_sublayers(model):
-        layers = [dense_layer(model, part.module) for part in sublayer.matrices]
-        has_maps = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in layers)
-        if has_maps and len(mask.kept_units(sublayer)) == 0:
+        kept = len(mask.kept_units(sublayer))
+        if kept < min(sublayer.minimum, sublayer.num_units):
             raise ValueError(
-                f"The mask ends all channels of `{sublayer.path}`, and PyTorch cannot run a convolution without any: "
-                "keep at least one."
+                f"The mask leaves {kept} {sublayer.unit}s of `{sublayer.path}`, which cannot run with fewer than "
+                f"{sublayer.minimum}: keep some more."
             )
 
 

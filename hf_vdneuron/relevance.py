@@ -10,7 +10,7 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import num_weights, variational_layers
 from hf_vdneuron.functional import dropout_rate, log_alpha, relevance
 from hf_vdneuron.layers import VariationalLayer, dense_layer, feature_axis
-from hf_vdneuron.masks import RelevanceMask, end_units
+from hf_vdneuron.masks import RelevanceMask, end_units, most_relevant
 from hf_vdneuron.sublayers import Slice, Sublayer, Unit
 
 
@@ -78,7 +78,7 @@ def relevance_mask(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) 
         threshold: Dropout rate above which a weight is irrelevant, in `(0, 1)`.
 
     Returns:
-        A mask over every sub-layer of the model.
+        A mask over every sub-layer of the model. A block that cannot run without units keeps the most relevant ones.
 
     Raises:
         ValueError: If the threshold is out of range, or the model is not patched.
@@ -91,10 +91,11 @@ def relevance_mask(model: nn.Module, threshold: float = DROPOUT_RATE_THRESHOLD) 
     def relevant(layer: VariationalLayer) -> Tensor:
         return (~_irrelevant(layer, threshold)).to(layer.log_var.dtype)
 
-    return RelevanceMask({
-        sublayer.path: end_units(sublayer, _sum_sides(model, sublayer, relevant) == 0)
-        for sublayer in find_sublayers(model)
-    })
+    ended = {sublayer: _sum_sides(model, sublayer, relevant) == 0 for sublayer in find_sublayers(model)}
+    for sublayer, sides in ended.items():
+        if int((~sides.any(0)).sum()) < sublayer.minimum:
+            sides[:, most_relevant(_sum_sides(model, sublayer, _nats).amin(0), sublayer.minimum)] = False
+    return RelevanceMask({sublayer.path: end_units(sublayer, sides) for sublayer, sides in ended.items()})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_vdneuron.budget import Budget
-from hf_vdneuron.masks import RelevanceMask, end_units
+from hf_vdneuron.masks import RelevanceMask, end_units, most_relevant
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
@@ -153,13 +153,14 @@ def keep_within(
 
 
 def _worths(sublayer: Sublayer, weakest: Tensor, price: float, present: RelevanceMask) -> Tensor:
-    """Tell the relevance per cost of each unit of a sub-layer, shape `(num_units,)`."""
+    """Tell the relevance per cost of each unit of a sub-layer, infinite for those that stay, shape `(num_units,)`."""
     # What costs nothing is not worth removing.
     worths = (
         weakest.cpu().double() / price if price > 0 else torch.full((sublayer.num_units,), inf, dtype=torch.float64)
     )
     gone = torch.ones(sublayer.num_units, dtype=torch.bool).index_fill_(0, present.kept_units(sublayer), False)
-    return worths.masked_fill(gone & worths.isfinite(), _GONE)
+    worths = worths.masked_fill(gone & worths.isfinite(), _GONE)
+    return worths.index_fill(0, most_relevant(worths, sublayer.minimum), inf)
 
 
 def _blocks(alike: Sequence[Sublayer], worths: Mapping[str, Tensor], group: int, step: int) -> Iterator[_Block]:

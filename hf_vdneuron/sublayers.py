@@ -152,6 +152,7 @@ class Sublayer:
         attention: Path of the module that cannot run without a head and is replaced when none is left, or None.
         constant: The slice that holds the bias of the in-side where its own layer does not, or None.
         repeats: How often the block runs in one forward pass: layers can share it.
+        minimum: How many units have to stay, as the block cannot run with fewer.
     """
 
     path: str
@@ -165,6 +166,7 @@ class Sublayer:
     attention: str | None = None
     constant: Slice | None = None
     repeats: int = 1
+    minimum: int = 0
 
     @property
     def slices(self) -> tuple[Slice, ...]:

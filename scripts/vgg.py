@@ -41,7 +41,7 @@ from hf_vdneuron.config import PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.relevance import relevance_mask, unit_relevance
+from hf_vdneuron.relevance import relevance_mask
 
 
 #: Channels and convolutions of each block of VGG-16, and the neurons of its two hidden layers (Simonyan 2015, with the
@@ -177,25 +177,6 @@ def scaled(num_units: int, width: float) -> int:
     return max(1, round(num_units * width))
 
 
-def spare_one(model: nn.Module, mask: RelevanceMask) -> RelevanceMask:
-    """Keep the most relevant unit of a layer that would lose all: PyTorch cannot run a convolution without channels.
-
-    Args:
-        model: The patched network.
-        mask: What the rule keeps.
-
-    Returns:
-        The same, with at least one unit in each layer.
-    """
-    relevance = unit_relevance(model)
-    spared = {}
-    for path, keep in mask.keep.items():
-        spared[path] = keep.clone()
-        if not keep.all(0).any():
-            spared[path][:, relevance[path].amin(0).argmax()] = True
-    return RelevanceMask(spared)
-
-
 @torch.no_grad()
 def settle_norms_(model: nn.Module, images: Tensor) -> None:
     """Let batch norms gather their statistics anew, in place, as noise and channels that are gone shaped the old ones.
@@ -228,7 +209,7 @@ def sparsify_(model: nn.Module, course: Course, job: Job) -> RelevanceMask:
     distances = {"log_var": job.log_var_distance, "group_scale": job.group_scale_distance}
     rates = {name: distance / course.num_steps for name, distance in distances.items()}
     train_variational_(model, course, rates, kl_weight=job.kl_weight)
-    mask = spare_one(model, relevance_mask(model))
+    mask = relevance_mask(model)
     prune_model_(model, mask)
     return mask
 

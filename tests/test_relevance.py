@@ -137,6 +137,18 @@ def test_rule_ends_unfoldable_units_on_the_out_side(name: str) -> None:
     mask_model_(model, mask)
 
 
+def test_rule_leaves_a_convolution_its_most_relevant_channel() -> None:
+    chain = CHAINS["nested"]
+    model = patch_model_(chain.model())
+    layer = model.get_submodule("1.0.0")
+    layer.log_var.data += 30.0
+    best = unit_relevance(model)["1.0.0"].amin(0).argmax()
+    keep = relevance_mask(model).keep["1.0.0"].all(0)
+    assert keep.nonzero().flatten().tolist() == [best]
+    model.get_submodule("2.1").log_var.data += 30.0  # neurons need none
+    assert not relevance_mask(model).keep["2.1"].all(0).any()
+
+
 def test_query_and_key_never_suffice() -> None:
     model = patch_model_(tiny_model("bert"), VDConfig(query_key=True))
     companions = [model.get_submodule(path) for place in places(model).values() for path in place.companions]

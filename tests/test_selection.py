@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_model
+from models import CHAINS, FAMILIES, tiny_model
 from torch import Tensor
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, Costs, unit_counts
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.selection import Alignment, Layout, keep_within
@@ -228,3 +229,15 @@ def test_what_is_gone_already_goes_first(how: str) -> None:
     second = keep_within(costs.sublayers, relevance, budget, alignment=alignment, present=first)
     assert all(not (second.keep[path].all(0) & ~keep.all(0)).any() for path, keep in first.keep.items())
     assert budget.cost(unit_counts(costs.sublayers, second)) <= budget.limit
+
+
+def test_a_convolution_keeps_its_best_channel_whatever_it_costs() -> None:
+    model = CHAINS["nested"].model()
+    sublayers = find_sublayers(model)
+    relevance = {part.path: 1e-9 * values for part, values in zip(sublayers, random_relevance(sublayers).values(), strict=True)}
+    costs = Costs(model, length=1)
+    least = {"0.0": 1, "1.0.0": 1, "2.1": 0}
+    budget = Budget("weights", 0, costs.weights, costs.weights(least), lambda cost: cost)
+    mask = keep_within(sublayers, relevance, budget)
+    assert {part.path: len(mask.kept_units(part)) for part in sublayers} == least
+    assert mask.kept_units(sublayers[0]).tolist() == [relevance["0.0"].amin(0).argmax()]

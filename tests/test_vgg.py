@@ -198,17 +198,6 @@ def test_the_network_that_is_scored_is_the_smaller_one(monkeypatch: pytest.Monke
     assert run.weights_left == pytest.approx(100 - 100 * 13 * (2 * 16 * 9 + 2) / full)
 
 
-def test_a_layer_never_loses_all_its_channels() -> None:
-    model = patch_model_(vgg.vgg(WIDTH), VDConfig())
-    relevance = unit_relevance(model)
-    keep = {path: torch.ones(values.shape, dtype=torch.bool) for path, values in relevance.items()}
-    keep["1.0"][1] = False
-    mask = vgg.spare_one(model, RelevanceMask(keep))
-    assert mask.keep["1.0"].all(0).nonzero().flatten().tolist() == [relevance["1.0"].amin(0).argmax()]
-    assert all(kept.all() for path, kept in mask.keep.items() if path != "1.0")
-    assert not keep["1.0"][1].any()  # the rule's own mask is left alone
-
-
 def test_norms_gather_their_statistics_anew() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model(torch.full((5, 3), 100.0) + torch.randn(5, 3))  # of a network as it was
