@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_vdneuron.architectures import find_sublayers
     from hf_vdneuron.config import Grouping, PriorType, VDConfig
+    from hf_vdneuron.discovery import discover
     from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_, variational_layers
     from hf_vdneuron.hub import push_folder
     from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022  # in the order of use
     "allow_plain_loading_",
     "push_folder",
     # Its pieces, for those who compose
+    "discover",
     "find_sublayers",
     "patch_model_",
     "unpatch_model_",
@@ -64,6 +66,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "architectures": ("find_sublayers",),
     "config": ("Grouping", "PriorType", "VDConfig"),
+    "discovery": ("discover",),
     "elbo": ("em_step_", "kl_divergence", "set_variational_", "variational_layers"),
     "hub": ("push_folder",),
     "masks": ("RelevanceMask", "mask_model_", "read_mask"),

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vdneuron.chains import find_chain_sublayers
+from hf_vdneuron.discovered import remembered
 from hf_vdneuron.layouts import AttentionLayout, FeedForwardLayout, Stack
 from hf_vdneuron.sublayers import Sublayer
 
 
-__all__ = ["ARCHITECTURES", "find_sublayers"]
+__all__ = ["ARCHITECTURES", "find_sublayers", "is_supported"]
 
 #: What most models call their projections.
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -133,6 +134,8 @@ _PHI_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.dense")
 _PHI_FEED_FORWARD = FeedForwardLayout("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
 _PHI = (Stack("layers", (_PHI_ATTENTION, _PHI_FEED_FORWARD)),)
 
+_JINA = (Stack("layers", (_LLAMA_ATTENTION, _PHI_FEED_FORWARD)),)
+
 _PHI3_ATTENTION = replace(_LLAMA_ATTENTION, qkv=("qkv_proj",), groups=("num_key_value_heads",))
 _PHI3_FEED_FORWARD = FeedForwardLayout("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
 _PHI3 = (Stack("layers", (_PHI3_ATTENTION, _PHI3_FEED_FORWARD)),)
@@ -177,6 +180,9 @@ _T5 = (Stack("encoder.block", _T5_ENCODER, optional=True), Stack("decoder.block"
 
 # ---- Images and sound ----
 
+#: Of stages each of which halves the height and the width of its map.
+_HALVED = 4
+
 _VIT_ATTENTION = AttentionLayout(
     core="attention", qkv=_QKV, output="attention.o_proj", head_size="head_dim", heads=("num_attention_heads",)
 )
@@ -186,12 +192,25 @@ _DINOV2_FEED_FORWARDS = (replace(_PHI_FEED_FORWARD, optional=True), replace(_LLA
 _DINOV2 = (Stack("encoder.layer", (_VIT_ATTENTION, *_DINOV2_FEED_FORWARDS)),)
 
 _SWIN_ATTENTION = replace(_VIT_ATTENTION, bias_table="relative_position_bias.relative_position_bias_table")
-_SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD)),)
+_SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD), shrink=_HALVED),)
 
 _SEGFORMER_FEED_FORWARD = replace(_PHI_FEED_FORWARD, depthwise="mlp.dwconv.dwconv")
-_SEGFORMER = (Stack("stages.*.blocks", (_VIT_ATTENTION, _SEGFORMER_FEED_FORWARD)),)
+_SEGFORMER = (Stack("stages.*.blocks", (_VIT_ATTENTION, _SEGFORMER_FEED_FORWARD), shrink=_HALVED),)
 
-_CONVNEXT = (Stack("encoder.stages.*.layers", (FeedForwardLayout("pwconv1", "pwconv2", "act"),)),)
+_CONVNEXT = (Stack("encoder.stages.*.layers", (FeedForwardLayout("pwconv1", "pwconv2", "act"),), shrink=_HALVED),)
+
+# A bottleneck has two kinds of inner channels, a basic block one. Those between blocks belong to all of a stage.
+_RESNET_CHANNELS = tuple(
+    FeedForwardLayout(
+        f"layer.{index}.convolution",
+        f"layer.{index + 1}.convolution",
+        norm=f"layer.{index}.normalization",
+        name=f"channels_{index}",
+        optional=True,
+    )
+    for index in range(2)
+)
+_RESNET = (Stack("encoder.stages.*.layers", _RESNET_CHANNELS, shrink=_HALVED),)
 
 _CLIP_LAYER = (_BART_ATTENTION, _PHI_FEED_FORWARD)
 _CLIP_TOWER = (Stack("encoder.layers", _CLIP_LAYER),)
@@ -230,6 +249,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "gpt_neox": _GPT_NEOX,
     "granite": _LLAMA,
     "hubert": _WAV2VEC2,
+    "jina_embeddings_v3": _JINA,
     "llama": _LLAMA,
     "marian": _BART,
     "mbart": _BART,
@@ -237,6 +257,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "modernbert": _MODERNBERT,
     "mpnet": _MPNET,
     "mt5": _T5,
+    "nomic_bert": _LLAMA,
     "olmo2": _OLMO2,
     "opt": _OPT,
     "pegasus": _BART,
@@ -244,6 +265,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "phi3": _PHI3,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "resnet": _RESNET,
     "roberta": _BERT,
     "segformer": _SEGFORMER,
     "siglip": _CLIP,
@@ -259,23 +281,42 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
 }
 
 
+def is_supported(model: nn.Module) -> bool:
+    """Tell whether `find_sublayers` knows where to look in a model.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Whether it is a chain, its type has a row in the table, or something was discovered in it.
+    """
+    if isinstance(model, nn.Sequential) or remembered(model) is not None:
+        return True
+    return isinstance(model, PreTrainedModel) and model.config.model_type in ARCHITECTURES
+
+
 def find_sublayers(model: nn.Module) -> list[Sublayer]:
     """Find everything in a model whose units can be removed.
 
     It reads sizes off the weights, so a patched or an already pruned model is as good as a dense one.
 
     Args:
-        model: A transformers model of a supported type, with or without a head, or a plain PyTorch chain.
+        model: A transformers model of a supported type, with or without a head, or one that something was discovered
+            in; or a plain PyTorch chain.
 
     Returns:
         The sub-layers, in the order of the forward pass.
 
     Raises:
         TypeError: If the model is neither.
-        ValueError: If its model type is not in the table, or its heads cannot be removed exactly.
+        ValueError: If its model type is not in the table and nothing was discovered in it, or its heads cannot be
+            removed exactly.
     """
     if isinstance(model, nn.Sequential):
         return find_chain_sublayers(model)
+    discovery = remembered(model)
+    if discovery is not None:
+        return discovery.sublayers_now(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"Cannot find heads and neurons in a `{type(model).__name__}`: expected a transformers model or an "
@@ -285,7 +326,8 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
     if stacks is None:
         raise ValueError(
             f"Model type `{model.config.model_type}` is not supported. Supported: {', '.join(sorted(ARCHITECTURES))}. "
-            "To add it, write its row in `hf_vdneuron/architectures.py`."
+            "Let `hf_vdneuron.discover(model, inputs)` find its heads and neurons first, or write its row in "
+            "`hf_vdneuron/architectures.py`."
         )
     prefix = model.base_model_prefix
     root = f"{prefix}." if prefix and hasattr(model, prefix) else ""

@@ -76,8 +76,8 @@ class _Layer:
         return self.per_pair * prod(self.left(counts).values())
 
     def products(self, counts: UnitCounts) -> float:
-        """Multiply-accumulates left per position: several passes can go through one layer."""
-        return self.weights(counts) * max(sublayer.repeats for sublayer, _ in self.losses)
+        """Multiply-accumulates left per position: several passes can go through one layer, on smaller maps."""
+        return self.weights(counts) * max(sublayer.repeats * sublayer.positions for sublayer, _ in self.losses)
 
     def parameters(self, counts: UnitCounts) -> float:
         """Parameters left."""
@@ -89,7 +89,7 @@ class Costs:
 
     Args:
         model: A dense, patched or pruned model. It is looked at once, here.
-        length: Tokens of one sequence (positions of a map, for a chain with convolutions).
+        length: Tokens of one sequence; of a map its positions, where the first blocks read it.
 
     Attributes:
         sublayers: Its sub-layers, in order.
@@ -140,13 +140,13 @@ class Costs:
         Returns:
             Their number for one sequence.
         """
-        width = sum(
-            counts.get(sublayer.path, sublayer.num_units) * sublayer.out_side.slices[0].size * sublayer.repeats
-            for sublayer in self.sublayers
-            if sublayer.unit is Unit.HEAD
+        pairs = sum(
+            counts.get(part.path, part.num_units) * part.out_side.slices[0].size * part.repeats * part.positions**2
+            for part in self.sublayers
+            if part.unit is Unit.HEAD
         )
         products = sum(layer.products(counts) for layer in self._layers)
-        return self.length * products + 2 * self.length**2 * width
+        return self.length * products + 2 * self.length**2 * pairs
 
 
 def _layer(model: nn.Module, losses: _Losses) -> _Layer:
@@ -179,7 +179,7 @@ def body_cost(model: nn.Module, *, length: int, mask: RelevanceMask = _KEEP_ALL)
 
     Args:
         model: A dense, patched or pruned model.
-        length: Tokens of one sequence (positions of a map, for a chain with convolutions).
+        length: Tokens of one sequence; of a map its positions, where the first blocks read it.
         mask: What is kept; everything by default.
 
     Returns:

@@ -158,6 +158,7 @@ class FeedForwardLayout:
             half makes gates and its second half neurons. Without its rows a neuron gives nothing, whatever its gate.
         depthwise: Convolution of each neuron with itself between the two, if there is one. It is padded, so that a
             constant does not stay one.
+        norm: Batch norm of each neuron between the two, if there is one.
         name: Name of the sub-layer.
         optional: Whether some models of the type lack the block.
     """
@@ -167,6 +168,7 @@ class FeedForwardLayout:
     activation: str | None = None
     gate: str | None = None
     depthwise: str | None = None
+    norm: str | None = None
     name: str = "feed_forward"
     optional: bool = False
 
@@ -180,13 +182,15 @@ class FeedForwardLayout:
         Returns:
             The sub-layer, or None if the layer lacks it.
         """
-        if self.optional and not _has_module(model, f"{layer}.{self.intermediate}"):
+        ends = (f"{layer}.{path}" for path in (self.intermediate, self.output))
+        if self.optional and not all(_has_module(model, path) for path in ends):
             return None
         columns = Slice(f"{layer}.{self.output}", Role.OUTPUT, Axis.IN)
         num_units = _num_features(model, columns)
         offset = num_units if self.gate == self.intermediate else 0
         rows = Slice(f"{layer}.{self.intermediate}", Role.INTERMEDIATE, Axis.OUT, offset=offset)
-        between = ((self.gate, Role.GATE), (self.depthwise, Role.DEPTHWISE))
+        between = ((self.gate, Role.GATE), (self.depthwise, Role.DEPTHWISE), (self.norm, Role.NORM))
+        is_map = self.depthwise is not None or isinstance(dense_layer(model, rows.module), nn.Conv1d | nn.Conv2d)
         return Sublayer(
             path=f"{layer}.{self.name}",
             unit=Unit.NEURON,
@@ -196,7 +200,7 @@ class FeedForwardLayout:
             activations=(f"{layer}.{self.activation}",) if self.activation else (),
             # A bias of a gated neuron is multiplied by a gate that varies: no constant.
             foldable=not (self.gate or self.depthwise) and dense_layer(model, columns.module).bias is not None,
-            minimum=int(self.depthwise is not None),  # PyTorch cannot run a convolution without channels
+            minimum=int(is_map),  # PyTorch cannot run a convolution without channels
         )
 
 
@@ -209,12 +213,14 @@ class Stack:
         blocks: Layouts of the blocks in each layer, in the order of the forward pass.
         shared: Attributes of the config that hold the number of passes, and the number of modules in the outermost
             list that share them: each makes several passes in a row.
+        shrink: How many times fewer positions each module in the outermost list sees than the one before.
         optional: Whether some models of the type lack the stack.
     """
 
     layers: str
     blocks: tuple[AttentionLayout | FeedForwardLayout, ...]
     shared: tuple[str, str] | None = None
+    shrink: int = 1
     optional: bool = False
 
     def sublayers(self, model: nn.Module, prefix: str = "") -> Iterator[Sublayer]:
@@ -231,12 +237,12 @@ class Stack:
         if self.optional and not _has_module(model, first):
             return
         for index, _ in model.get_submodule(first).named_children():
-            repeats = self._num_passes(model, int(index))
+            repeats, positions = self._num_passes(model, int(index)), self.shrink ** -int(index)
             for layer in _expand(model, f"{first}.{index}", rest):
                 for block in self.blocks:
                     sublayer = block.sublayer(model, layer)
                     if sublayer is not None:
-                        yield replace(sublayer, repeats=repeats)
+                        yield replace(sublayer, repeats=repeats, positions=positions)
 
     def _num_passes(self, model: nn.Module, index: int) -> int:
         """Count the passes that one of the outermost modules makes."""

@@ -21,8 +21,8 @@ __all__ = [
     "FEATURE_COUNTS",
     "HEAD_COUNTS",
     "KEY_COUNTS",
-    "PrunedStructure",
     "WIDTHS",
+    "PrunedStructure",
     "forward_arguments",
     "is_matrix",
     "native_class",
@@ -41,6 +41,9 @@ FEATURE_COUNTS: dict[type[nn.Module], tuple[str, str]] = {
     nn.Conv1d: ("out_channels", "in_channels"),
     nn.Conv2d: ("out_channels", "in_channels"),
 }
+
+#: Norms with statistics of each channel, which go with it.
+_CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 #: Attributes of attention modules that count their heads, the first of them those of queries.
 HEAD_COUNTS = (
@@ -134,7 +137,7 @@ class PrunedStructure:
             {
                 path: tuple(module.get_parameter("weight").shape)
                 for path, module in modules.items()
-                if is_matrix(module)
+                if is_matrix(module) or isinstance(module, _CHANNEL_NORMS)
             }
             | {name: tuple(value.shape) for name, value in vectors.items()},
             {path: {name: vars(modules[path])[name] for name in names} for path, names in counted.items() if names},
@@ -338,6 +341,13 @@ def _check_heads(path: str, module: nn.Module | None, kept: Sequence[int] | None
     )
 
 
+def _counts(module: nn.Module) -> tuple[str, ...]:
+    """List the attributes that count what the axes of a layer's weight run over."""
+    if isinstance(module, _CHANNEL_NORMS):
+        return ("num_features",)
+    return next(names for kind, names in FEATURE_COUNTS.items() if isinstance(module, kind))
+
+
 def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
     """Give a layer weights of another size. A layer built anew would lose its hooks, and warn if it is empty."""
     module, name = _owner(model, path)
@@ -345,19 +355,26 @@ def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
         rescale_epsilon_(module, module.get_parameter(name).shape[-1], shape[-1])
         _renew_(module, name, shape)
         return
-    names = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(module, kind))
-    for name, size in zip(names, shape, strict=False):  # a kernel is not counted
+    for name, size in zip(_counts(module), shape, strict=False):  # a kernel is not counted
         setattr(module, name, size)
     if getattr(module, "groups", 1) > 1:  # each channel makes one
         module.__dict__.update(groups=shape[0], in_channels=shape[0])
     sizes = {"weight": shape, "bias": (shape[out_axis(module)],)}
     for name, _ in list(module.named_parameters(recurse=False)):
         _renew_(module, name, sizes[name])
+    if isinstance(module, _CHANNEL_NORMS):
+        _shorten_statistics_(module, shape[0])
     bias = getattr(module, "bias", None)
     if 0 in shape:  # some models would draw weights with a variance of one over their number
         module.__dict__["_is_hf_initialized"] = True
         if bias is not None:
             nn.init.zeros_(bias)
+
+
+def _shorten_statistics_(norm: nn.Module, num_features: int) -> None:
+    for name, values in list(norm.named_buffers(recurse=False)):
+        if values.ndim:  # unlike the count of batches
+            setattr(norm, name, values[:num_features].clone())
 
 
 def rescale_epsilon_(module: nn.Module, before: int, after: int) -> None:

@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.architectures import find_sublayers, is_supported
 from hf_vdneuron.budget import Budget, Costs
 from hf_vdneuron.config import VDConfig
 from hf_vdneuron.curvature import Batches, estimate_curvature
+from hf_vdneuron.discovery import discover, few_rows
 from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
@@ -73,7 +74,8 @@ def sparsify(
     left.
 
     Args:
-        model: A dense, fine-tuned model of a supported type; it is left as it is.
+        model: A dense, fine-tuned model; it is left as it is. If its type has no row in the table of architectures,
+            its heads and neurons are looked for first.
         calibration_data: Batches of a few hundred to a few thousand of its training examples, as keyword arguments of
             its forward, labels among them, on its device.
         target_speedup: Dense over pruned multiply-accumulates of heads and neurons, above 1.
@@ -89,8 +91,8 @@ def sparsify(
 
     Raises:
         ValueError: If there is not exactly one target, or it is no number above 0 or out of reach, or a batch has no
-            labels.
-        TypeError: If the model is of an unsupported type.
+            labels; or if there is nothing to remove in the model.
+        TypeError: If it is not a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Cannot sparsify a `{type(model).__name__}` in one shot: expected a transformers model.")
@@ -103,6 +105,8 @@ def sparsify(
     if not (isfinite(value) and value > 0):
         raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
     dense, batches = deepcopy(model).eval(), list(calibration_data)
+    if not is_supported(dense) and batches:
+        discover(dense, few_rows(batches[0]))
     budget = BUDGETS[name](Costs(dense, length=max_length), value)
     mask = closed_form_mask(dense, batches, budget, vd_config=vd_config, alignment=alignment)
     # What was trained stays as it is: the posterior only says what goes.

@@ -5,8 +5,10 @@ What a removed unit still emitted, a constant, moves into the bias of the layer 
 plain torch layers and is an ordinary model of smaller sizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.discovered import Discovery, remembered
+from hf_vdneuron.exactness import agree, tensors_in
 from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron_structure import FEATURE_COUNTS, rescale_epsilon_, takes_bias_per_head
@@ -22,7 +26,7 @@ from hf_vdneuron.structure import as_pruned_model_
 from hf_vdneuron.sublayers import Axis, Role, Slice, Sublayer
 
 
-__all__ = ["prune_model_"]
+__all__ = ["prune_model_", "prunes_exactly"]
 
 
 @torch.no_grad()
@@ -41,11 +45,54 @@ def prune_model_(model: nn.Module, mask: RelevanceMask | None = None) -> nn.Modu
         `hf_vdneuron.from_pretrained`.
 
     Raises:
-        ValueError: If the mask does not fit the model, or leaves a block with fewer units than it can run with.
+        ValueError: If the mask does not fit the model, or leaves a block with fewer units than it can run with; or if
+            its units were discovered, and without them it would not say what the masked model says.
     """
     mask = read_mask(model) if mask is None else mask
     _require_enough(model, mask)
-    unpatch_model_(mask_model_(model, mask))
+    discovery = remembered(model)
+    if discovery is not None:
+        _require_exact(model, mask, discovery)
+    return _cut_units_(unpatch_model_(mask_model_(model, mask)), mask)
+
+
+@torch.no_grad()
+def prunes_exactly(model: PreTrainedModel, mask: RelevanceMask, inputs: Mapping[str, Any]) -> bool:
+    """Try a removal on a copy.
+
+    Args:
+        model: A patched or dense model; it is left as it is.
+        mask: What to keep.
+        inputs: Keyword arguments of its forward pass, on its device.
+
+    Returns:
+        Whether the pruned model runs and all its outputs, in float32, are those of the masked one.
+    """
+    trial = unpatch_model_(mask_model_(deepcopy(model), mask)).float().eval()
+    masked = [value.clone() for value in tensors_in(trial(**inputs))]
+    try:
+        pruned = _cut_units_(trial, mask)(**inputs)
+        return agree(tensors_in(pruned), masked)
+    except Exception:  # whatever a model does that was cut where it cannot be
+        return False
+
+
+def _require_exact(model: nn.Module, mask: RelevanceMask, discovery: Discovery) -> None:
+    """Refuse a removal from a discovered block that does not prove exact, before anything is cut."""
+    device = next(model.parameters()).device
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in discovery.inputs.items()
+    }
+    if isinstance(model, PreTrainedModel) and not prunes_exactly(model, mask, inputs):
+        raise ValueError(
+            f"A pruned `{type(model).__name__}` would not say what the masked one says, as what was discovered in it "
+            "does not hold for this mask: nothing was cut. Write a row for its model type in "
+            "`hf_vdneuron/architectures.py`, or leave blocks out with `exclude` in the config."
+        )
+
+
+def _cut_units_(model: nn.Module, mask: RelevanceMask) -> nn.Module:
+    """Cut what a mask ends out of a model of plain layers."""
     for sublayer in find_sublayers(model):
         kept = mask.kept_units(sublayer)
         if len(kept) < sublayer.num_units:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.discovered import share_
 from hf_vdneuron.modeling_vdneuron import native_class
 from hf_vdneuron.skeletons import skeleton, tensor_shapes
 from hf_vdneuron.sublayers import Sublayer, Unit
@@ -64,6 +65,7 @@ def stock_sizes(model: PreTrainedModel) -> dict[str, int] | None:
     dense = _build(model, {})
     if dense is None:
         return None
+    share_(model, dense)
     left, whole = find_sublayers(model), find_sublayers(dense)
     for sizes in islice(_proposals(model.config, left, whole), MAX_TRIALS):
         built = _build(model, sizes)

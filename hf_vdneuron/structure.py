@@ -7,6 +7,7 @@ import reprlib
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_vdneuron.discovered import share_
 from hf_vdneuron.modeling_vdneuron import PrunedStructure, adopt_, native_class
 from hf_vdneuron.skeletons import skeleton, tensor_shapes
 from hf_vdneuron.stock import stock_sizes, to_stock_
@@ -83,4 +84,6 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     config.vdneuron = None
-    return native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
+    twin: PreTrainedModel = native_class(type(model))(config).to(device=model.device, dtype=model.dtype)
+    share_(model, twin)
+    return twin

@@ -152,6 +152,7 @@ class Sublayer:
         attention: Path of the module that cannot run without a head and is replaced when none is left, or None.
         constant: The slice that holds the bias of the in-side where its own layer does not, or None.
         repeats: How often the block runs in one forward pass: layers can share it.
+        positions: At how many positions it runs for each position of the first blocks, where maps get smaller.
         minimum: How many units have to stay, as the block cannot run with fewer.
     """
 
@@ -166,6 +167,7 @@ class Sublayer:
     attention: str | None = None
     constant: Slice | None = None
     repeats: int = 1
+    positions: float = 1.0
     minimum: int = 0
 
     @property

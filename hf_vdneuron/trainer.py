@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from hf_vdneuron.architectures import is_supported
 from hf_vdneuron.checks import (
     require_decision,
     require_examples,
@@ -20,6 +21,7 @@ from hf_vdneuron.checks import (
     require_supported_sharding,
 )
 from hf_vdneuron.config import VDConfig
+from hf_vdneuron.discovery import discover, few_rows
 from hf_vdneuron.distillation import (
     Teacher,
     distillation_loss,
@@ -62,7 +64,8 @@ class VDTrainer(JudgingTrainer):
     then, from gradients on some training examples.
 
     Args:
-        model: Model to train. A dense one is patched in place.
+        model: Model to train. A dense one is patched in place. If its type has no row in the table of architectures,
+            its heads and neurons are looked for first, on some training examples.
         args: Arguments of the run.
         vd_config: How to patch, for a model that is not patched yet.
         teacher: Dense model whose logits, and hidden states if asked for, are the targets; by default the model itself
@@ -73,7 +76,7 @@ class VDTrainer(JudgingTrainer):
     Raises:
         ValueError: If the arguments are of the wrong class, a patched model comes with a config, the optimizer with a
             scheduler, the data without a length, a tolerance without data to judge by, or the run with a parallelism
-            that loses the KL.
+            that loses the KL; or if there is nothing to remove in the model.
     """
 
     args: VDTrainingArguments
@@ -103,9 +106,11 @@ class VDTrainer(JudgingTrainer):
         self._steering = Steering(max_length, lambda: self.num_data)
         self._keepsake = Keepsake()
         self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score, self._choose)
-        if model is not None:
+        if model is not None and is_supported(model):
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)
+        if not is_supported(self.model):
+            self._discover_and_patch_()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         require_supported_sharding(plugin, has_tolerance=args.tolerance is not None)
         if teacher is not None:
@@ -134,6 +139,11 @@ class VDTrainer(JudgingTrainer):
             self.vd_config = None
             return model
         return patch_model_(model, self.vd_config)
+
+    def _discover_and_patch_(self) -> None:
+        if self.train_dataset is not None:  # some of which shows where heads and neurons are
+            discover(self.model, few_rows(next(self._examples())))
+        self._patch_(self.model)
 
     @property
     def teacher(self) -> nn.Module | None:

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.sublayers import Role, Unit
+from hf_vdneuron.sublayers import Unit
 
 
 HEADS, KEYS, NEURONS, VOCABULARY, TOKENS = 4, 2, 24, 40, 6
@@ -116,6 +116,7 @@ _SWIN = {
     "drop_path_rate": 0.0,
 }
 _CONVNEXT = {"hidden_sizes": [8, 8], "depths": [1, 2], "num_stages": 2, "layer_scale_init_value": 0.5}
+_RESNET = {"hidden_sizes": [16, 16], "depths": [1, 2], "embedding_size": 8}
 _SEGFORMER = {
     "num_encoder_blocks": 2,
     "depths": [1, 2],
@@ -160,9 +161,11 @@ _MASKED_LM = {
         {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 3, "n_heads": HEADS, "hidden_dim": NEURONS},
     ),
     "electra": Row("electra", {**_SIZES, "embedding_size": 8}),
+    "jina": Row("jina_embeddings_v3", _SIZES),
     "modernbert": Row("modernbert", _MODERNBERT),
     "modernbert_biased": Row("modernbert", {**_MODERNBERT, "attention_bias": True, "mlp_bias": True}),
     "mpnet": Row("mpnet", _SIZES),
+    "nomic_bert": Row("nomic_bert", {**_SIZES, "type_vocab_size": 2}),
     "roberta": Row("roberta", _SIZES),
     "xlm_roberta": Row("xlm-roberta", _SIZES),
 }
@@ -211,6 +214,8 @@ _IMAGES = {
     "deit": Row("deit", {**_VIT, "architectures": ["DeiTForImageClassification"]}),
     "dinov2": Row("dinov2", {**_VIT, "mlp_ratio": 2}, neurons=32),
     "dinov2_gated": Row("dinov2", {**_VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "resnet_basic": Row("resnet", {**_RESNET, "layer_type": "basic"}, heads=0, neurons=16),
+    "resnet_bottleneck": Row("resnet", {**_RESNET, "layer_type": "bottleneck"}, heads=0, neurons=4),
     "segformer": Row("segformer", _SEGFORMER, neurons=32),
     "swin": Row("swin", _SWIN),
     "vit": Row("vit", _VIT),
@@ -307,8 +312,7 @@ def _mask(sublayers: Iterable[Any], is_empty: Callable[[str], bool]) -> Relevanc
     for sublayer in sublayers:
         kept = torch.rand(2, sublayer.num_units, generator=random) > 0.3
         kept[:, 0] = True
-        has_convolution = any(part.role is Role.DEPTHWISE for part in sublayer.slices)  # which needs a channel
-        if is_empty(sublayer.path) and not has_convolution:
+        if is_empty(sublayer.path) and not sublayer.minimum:
             kept[torch.randint(2, (sublayer.num_units,), generator=random), torch.arange(sublayer.num_units)] = False
         if not sublayer.foldable:
             kept[1] &= kept[0]
