@@ -76,8 +76,10 @@ class _Layer:
         return self.per_pair * prod(self.left(counts).values())
 
     def products(self, counts: UnitCounts) -> float:
-        """Multiply-accumulates left per position: several passes can go through one layer."""
-        return self.weights(counts) * max(sublayer.repeats for sublayer, _ in self.losses)
+        """Multiply-accumulates left per position: several passes can go through one layer, or some experts of many."""
+        return self.weights(counts) * max(
+            sublayer.repeats * sublayer.experts_per_token / sublayer.num_experts for sublayer, _ in self.losses
+        )
 
     def parameters(self, counts: UnitCounts) -> float:
         """Parameters left."""
@@ -162,7 +164,7 @@ def _layer(model: nn.Module, losses: _Losses) -> _Layer:
 
 
 def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:
-    """Count what a mask keeps.
+    """Count what a mask leaves in a model once it is cut.
 
     Args:
         sublayers: The sub-layers of a model.
@@ -171,7 +173,7 @@ def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int
     Returns:
         Path of each sub-layer -> its units left.
     """
-    return {sublayer.path: len(mask.kept_units(sublayer)) for sublayer in sublayers}
+    return {sublayer.path: len(mask.units_left(sublayer)) for sublayer in sublayers}
 
 
 def body_cost(model: nn.Module, *, length: int, mask: RelevanceMask = _KEEP_ALL) -> BodyCost:
@@ -230,7 +232,7 @@ def units_left(model: nn.Module, mask: RelevanceMask = _KEEP_ALL) -> dict[Unit, 
     """
     left: dict[Unit, list[int]] = {unit: [] for unit in Unit}
     for sublayer in find_sublayers(model):
-        left[sublayer.unit].append(len(mask.kept_units(sublayer)))
+        left[sublayer.unit].append(len(mask.units_left(sublayer)))
     return left
 
 

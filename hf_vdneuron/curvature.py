@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.sublayers import Axis
+from hf_vdneuron.variational_experts import all_experts
 
 
 __all__ = ["Batches", "Curvature", "Loss", "estimate_curvature"]
@@ -141,12 +142,11 @@ def _forward(
         calls.append(_Call(path, layer, inputs[0].detach(), noted))
         return noted.clone()
 
-    with ExitStack() as hooks, torch.enable_grad():
+    size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
+    with ExitStack() as hooks, torch.enable_grad(), all_experts(model, size):
         for path, layer in layers.items():
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
-        mean = loss(model, batch)
-        size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
-        return calls, size * mean, size
+        return calls, size * loss(model, batch), size
 
 
 def _squared(call: _Call, gradient: Tensor) -> Tensor:

@@ -21,7 +21,14 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
-from .modeling_vdneuron_structure import PrunedStructure, forward_arguments, is_matrix, native_class, out_axis
+from .modeling_vdneuron_structure import (
+    PrunedStructure,
+    forward_arguments,
+    is_experts,
+    is_matrix,
+    native_class,
+    out_axis,
+)
 
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "PrunedStructure",
     "adopt_",
     "auto_class_members",
+    "experts_config",
     "native_class",
     "pruned_class",
 ]
@@ -48,6 +56,10 @@ _MASKS = frozenset({"attention_mask", "mask"})
 _ENCODER_STATES = ("encoder_hidden_states", "key_value_states")
 _CACHES = ("past_key_values", "layer_past")
 _LAYER_INDICES = ("layer_idx", "layer_id")
+
+
+#: What grouped matrix products of torch want the length of a row to be a multiple of.
+_ROW_BYTES = 16
 
 
 class _StandIn(nn.Module):
@@ -155,19 +167,52 @@ class _OwnHeadCount(_StandIn):
     @property
     def config(self) -> "_ConfigView":
         """The config of the model, apart from the number of heads."""
-        return _ConfigView(vars(self)["config"], self.num_key_value_heads * self.num_key_value_groups)
+        num_heads = self.num_key_value_heads * self.num_key_value_groups
+        return _ConfigView(vars(self)["config"], num_attention_heads=num_heads)
 
     @config.setter
     def config(self, config: PreTrainedConfig) -> None:
         vars(self)["config"] = config
 
 
+class _UnevenExperts(_StandIn):
+    """Experts with a number of neurons that not every implementation takes."""
+
+    down_proj: Tensor
+
+    @property
+    def config(self) -> "PreTrainedConfig | _ConfigView":
+        """The config of the model, apart from the implementation."""
+        return experts_config(vars(self)["config"], self.down_proj)
+
+    @config.setter
+    def config(self, config: PreTrainedConfig) -> None:
+        vars(self)["config"] = config
+
+
+def experts_config(config: PreTrainedConfig, down_proj: Tensor) -> "PreTrainedConfig | _ConfigView":
+    """Choose an implementation of experts that takes their number of neurons.
+
+    Args:
+        config: Config of the model.
+        down_proj: What reads the neurons of all experts, shape `(experts, hidden, neurons)`.
+
+    Returns:
+        The config; seen with plain matrix products where grouped ones would refuse the length of a row in bytes.
+    """
+    num_bytes = down_proj.shape[2] * down_proj.element_size()
+    is_even = num_bytes > 0 and num_bytes % _ROW_BYTES == 0
+    if is_even or config._experts_implementation != "grouped_mm":
+        return config
+    return _ConfigView(config, _experts_implementation="eager")
+
+
 class _ConfigView:
     """A config as one layer sees it. It never goes stale: a copy would miss another attention implementation."""
 
-    def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
+    def __init__(self, config: PreTrainedConfig, **own: object) -> None:
         self._config = config
-        self.num_attention_heads = num_attention_heads
+        vars(self).update(own)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._config, name)
@@ -195,6 +240,8 @@ def _stand_in(module: nn.Module) -> type | None:
     """Choose what a module needs to run as it is now, if anything."""
     if isinstance(module, Conv1D):
         return _ReadsNothing if len(module.weight) == 0 else None
+    if is_experts(module):
+        return _UnevenExperts
     if not _is_attention(module):
         return None
     matrices = [child.get_parameter("weight") for child in module.children() if is_matrix(child)]

@@ -24,6 +24,7 @@ __all__ = [
     "PrunedStructure",
     "WIDTHS",
     "forward_arguments",
+    "is_experts",
     "is_matrix",
     "native_class",
     "out_axis",
@@ -76,6 +77,12 @@ _VECTORS = frozenset({
     "relative_position_bias.relative_position_bias_table",  # swin
 })
 
+#: Parameters of all experts of a layer together -> the axis that follows their number of neurons, and the other axes.
+_EXPERTS = {
+    "experts.gate_up_proj": (1, slice(None, None, 2)),  # mixtral, qwen2_moe, qwen3_moe
+    "experts.down_proj": (2, slice(2)),
+}
+
 #: Arguments of attention modules that hold a value for each head of the native model.
 _BIASES_PER_HEAD = frozenset({
     "position_bias",  # t5, mpnet
@@ -84,6 +91,9 @@ _BIASES_PER_HEAD = frozenset({
 
 #: Switches in a config that say that such values are part of the attention mask.
 _BIASED_MASKS = ("use_relative_position_bias", "use_shared_relative_position_bias")  # beit
+
+#: Endings of parameters that lie in no layer that can shrink.
+_LOOSE = (*_VECTORS, *_EXPERTS)
 
 #: What a norm calls the number that keeps it from dividing by zero.
 _EPSILON = "variance_epsilon"
@@ -206,8 +216,8 @@ class PrunedStructure:
         """Compare everything with the native sizes and modules."""
         shares: dict[str, set[Fraction]] = {}  # of the rows that the layers right inside a module keep
         for path, shape in self.shapes.items():
-            _check_shape(path, native.shapes.get(path, ()), shape, _fixed_axes(modules.get(path)))
-            axis = out_axis(modules.get(path)) if path in modules else -1
+            axis, fixed = _axes(path, modules.get(path))
+            _check_shape(path, native.shapes.get(path, ()), shape, fixed)
             left, rows = shape[axis], native.shapes[path][axis]
             if left < rows:
                 shares.setdefault(_block(path), set()).add(Fraction(left, rows))
@@ -251,6 +261,11 @@ def is_matrix(module: nn.Module | None) -> bool:
     return isinstance(module, tuple(FEATURE_COUNTS))
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds all experts of a layer, in two parameters."""
+    return all(module._parameters.get(end.rpartition(".")[2]) is not None for end in _EXPERTS)
+
+
 def out_axis(module: nn.Module | None) -> int:
     """Tell along which axis of its weight a layer's output features run."""
     return 1 if isinstance(module, Conv1D) else 0
@@ -258,7 +273,7 @@ def out_axis(module: nn.Module | None) -> int:
 
 def _block(path: str) -> str:
     """Return the path of the module around a layer, or around the owner of a parameter that lies in no layer."""
-    end = next((f".{end}" for end in _VECTORS if path.endswith(f".{end}")), f".{path.rpartition('.')[2]}")
+    end = next((f".{end}" for end in _LOOSE if path.endswith(f".{end}")), f".{path.rpartition('.')[2]}")
     return path.removesuffix(end) if "." in path else ""
 
 
@@ -272,7 +287,7 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
 
 
 def _is_vector(name: str) -> bool:
-    return any(name.endswith(f".{end}") for end in _VECTORS)
+    return any(name.endswith(f".{end}") for end in _LOOSE)
 
 
 def _num_heads(module: nn.Module) -> int | None:
@@ -310,11 +325,11 @@ def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...], fix
     )
 
 
-def _fixed_axes(module: nn.Module | None) -> slice:
-    """Of a layer its kernel keeps its size; of a vector or table all axes but the last."""
+def _axes(path: str, module: nn.Module | None) -> tuple[int, slice]:
+    """Tell along which axis a weight shrinks with its units, and which axes cannot shrink: a kernel keeps its size."""
     if module is None:
-        return slice(-1)
-    return slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
+        return next((axes for end, axes in _EXPERTS.items() if path.endswith(f".{end}")), (-1, slice(-1)))
+    return out_axis(module), slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
 
 
 def _check_attributes(path: str, native: Mapping[str, int], values: Mapping[str, int], shares: set[Fraction]) -> None:
@@ -344,6 +359,8 @@ def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
     if name is not None:
         rescale_epsilon_(module, module.get_parameter(name).shape[-1], shape[-1])
         _renew_(module, name, shape)
+        if is_experts(module):
+            module.__dict__["intermediate_dim"] = module.get_parameter("down_proj").shape[2]
         return
     names = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(module, kind))
     for name, size in zip(names, shape, strict=False):  # a kernel is not counted

@@ -29,6 +29,8 @@ _COUNTS = {
     ),
     Unit.NEURON: (
         "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
         "ffn_dim",
         "d_ff",
         "n_inner",

@@ -153,6 +153,9 @@ class Sublayer:
         constant: The slice that holds the bias of the in-side where its own layer does not, or None.
         repeats: How often the block runs in one forward pass: layers can share it.
         minimum: How many units have to stay, as the block cannot run with fewer.
+        num_experts: How many experts share the units out, each having as many as any other; 1 where there are none.
+            Unit `k` of expert `e` is number `e * num_units / num_experts + k`.
+        experts_per_token: How many of them each token is sent to.
     """
 
     path: str
@@ -167,6 +170,8 @@ class Sublayer:
     constant: Slice | None = None
     repeats: int = 1
     minimum: int = 0
+    num_experts: int = 1
+    experts_per_token: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:

@@ -20,6 +20,8 @@ from hf_vdneuron.architectures import ARCHITECTURES, find_sublayers
 from hf_vdneuron.budget import Costs, speedup, unit_counts
 from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.elbo import kl_divergence, set_variational_, variational_layers
+from hf_vdneuron.experts import ExpertMatrix
+from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron import PrunedModel
 from hf_vdneuron.one_shot import sparsify
@@ -104,13 +106,17 @@ def test_costs_are_those_of_what_is_left(row: str) -> None:
 def test_pruning_twice_equals_pruning_at_once(row: str) -> None:
     model = zoo_model(row)
     first, then = (masks(model)[name].keep for name in ("first_empty", "last_empty"))
-    stays = {path: keep.all(0) for path, keep in first.items()}
-    both = {path: torch.where(stays[path], then[path], keep) for path, keep in first.items()}
+    both = {path: torch.where(keep.all(0), then[path], keep) for path, keep in first.items()}
     at_once = prune_model_(deepcopy(model), RelevanceMask(both))
-    rest = RelevanceMask({path: keep[:, stays[path]] for path, keep in then.items()})
+    left = {part.path: RelevanceMask(first).units_left(part) for part in find_sublayers(model)}
+    rest = RelevanceMask({path: keep[:, left[path]] for path, keep in both.items()})
     twice = prune_model_(prune_model_(model, RelevanceMask(first)), rest)
     assert twice.config.vdneuron == at_once.config.vdneuron
     torch.testing.assert_close(logits(twice), logits(at_once), rtol=0, atol=TOLERANCE)
+
+
+def _weight_name(path: str, layer: VariationalLayer) -> str:
+    return f"{path.rpartition('.')[0]}.{layer.name}" if isinstance(layer, ExpertMatrix) else f"{path}.weight"
 
 
 @rows
@@ -122,7 +128,9 @@ def test_divergence_reaches_exactly_what_is_variational(row: str) -> None:
     assert loss.isfinite()
     assert divergence.isfinite()
     divergence.backward(retain_graph=True)
-    own = {f"{path}.{name}" for path in variational_layers(model) for name in ("weight", "log_var", "group_scale")}
+    layers = variational_layers(model)
+    own = {f"{path}.{name}" for path in layers for name in ("log_var", "group_scale")}
+    own |= {_weight_name(path, layer) for path, layer in layers.items()}
     assert {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()} == own
     model.zero_grad()
     loss.backward()
