@@ -42,15 +42,14 @@ class VDExperts(nn.Module):
     Attributes:
         native: Class of transformers.
         plain: Class that the experts had before: that, or a stand-in for it.
-        batch_size: Number of examples of a forward in which every token meets every expert, and those that it was not
-            sent to count with weight zero; None for an ordinary one. It does more work, and all of it in two calls of
-            the matrices, with the examples along the first axis.
+        at_once: Whether every token meets every expert, and those that it was not sent to count for nothing. It is
+            more work, but two calls of the matrices do all of it, with the tokens in order.
     """
 
     native: ClassVar[type[nn.Module]]
     plain: type[nn.Module]
     down_proj: nn.Parameter
-    batch_size: int | None = None
+    at_once: bool = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts that each token was sent to.
@@ -63,8 +62,8 @@ class VDExperts(nn.Module):
         Returns:
             Shape `(tokens, hidden)`.
         """
-        if self.batch_size is not None:
-            return self._all_at_once(hidden_states, top_k_index, top_k_weights, self.batch_size)
+        if self.at_once:
+            return self._all_at_once(hidden_states, top_k_index, top_k_weights)
         layers = [layer for layer in self.children() if isinstance(layer, VDExpertMatrix)]
         means = {layer.matrix: layer.presented_mean() for layer in layers}
         if self.training and any(layer.noise for layer in layers):
@@ -103,14 +102,14 @@ class VDExperts(nn.Module):
             outputs.index_add_(0, token, read.to(outputs.dtype))
         return outputs
 
-    def _all_at_once(self, hidden: Tensor, index: Tensor, weights: Tensor, batch_size: int) -> Tensor:
+    def _all_at_once(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Let every expert take every token: one block, whose neurons count as their experts do."""
-        neurons = self._gated(self._matrix(GATE_UP)(hidden.unflatten(0, (batch_size, -1))))
+        neurons = self._gated(self._matrix(GATE_UP)(hidden))
         num_experts = self._matrix(DOWN).parameter.shape[0]
         share = weights.new_zeros(len(weights), num_experts).scatter(1, index, weights)
         per_expert = neurons.shape[-1] // num_experts
-        read = self._matrix(DOWN)(neurons * share.repeat_interleave(per_expert, dim=1).view_as(neurons))
-        return read.flatten(0, 1).to(hidden.dtype)
+        read: Tensor = self._matrix(DOWN)(neurons * share.repeat_interleave(per_expert, dim=1))
+        return read.to(hidden.dtype)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         """Multiply neurons by their gates, which come first, shape `(..., 2 * neurons)` to `(..., neurons)`."""
@@ -195,12 +194,11 @@ def leave_(matrix: ExpertMatrix) -> None:
 
 
 @contextmanager
-def all_experts(model: nn.Module, batch_size: int) -> Generator[None]:
-    """Let every token of a forward meet every expert, so that what goes through a matrix can be told by example.
+def all_experts(model: nn.Module) -> Generator[None]:
+    """Let every token meet every expert, so that what goes through a matrix can be told by example.
 
     Args:
         model: A patched model.
-        batch_size: Number of examples of the forward.
 
     Yields:
         Nothing.
@@ -208,8 +206,8 @@ def all_experts(model: nn.Module, batch_size: int) -> Generator[None]:
     found = [module for module in model.modules() if isinstance(module, VDExperts)]
     try:
         for experts in found:
-            experts.batch_size = batch_size
+            experts.at_once = True
         yield
     finally:
         for experts in found:
-            vars(experts).pop("batch_size", None)
+            experts.at_once = False
