@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_vdneuron.functional import whole
-from hf_vdneuron.modeling_vdneuron_structure import is_experts
+from hf_vdneuron.modeling_vdneuron_experts import is_experts
 
 
 __all__ = ["DOWN", "GATE_UP", "ExpertMatrix", "find_module", "set_weight_"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose layers have sizes of their own: what is left of each, and classes that build, load and save them.
 
-This file and `modeling_vdneuron_structure` need nothing but torch and transformers, because they also travel as remote
-code beside the weights of every pruned model. They serve all architectures: they describe a pruned model by the shapes
-that differ from those of its native class, build the native model and shrink it before any weight is loaded.
+This file and the two that it imports need nothing but torch and transformers, because they also travel as remote code
+beside the weights of every pruned model. They serve all architectures: they describe a pruned model by the shapes that
+differ from those of its native class, build the native model and shrink it before any weight is loaded.
 """
 
 import os
@@ -21,14 +21,8 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
-from .modeling_vdneuron_structure import (
-    PrunedStructure,
-    forward_arguments,
-    is_experts,
-    is_matrix,
-    native_class,
-    out_axis,
-)
+from .modeling_vdneuron_experts import ConfigView, experts_config, is_experts
+from .modeling_vdneuron_structure import PrunedStructure, forward_arguments, is_matrix, native_class, out_axis
 
 
 __all__ = [
@@ -37,13 +31,15 @@ __all__ = [
     "PrunedStructure",
     "adopt_",
     "auto_class_members",
-    "experts_config",
     "native_class",
     "pruned_class",
 ]
 
-#: What travels with a pruned model: this file, and the one that it imports, by a relative name as remote code has to.
-CODE_FILES = (Path(__file__), Path(__file__).with_name("modeling_vdneuron_structure.py"))
+#: What travels with a pruned model: this file, and those that it imports, by relative names as remote code has to.
+CODE_FILES = (
+    Path(__file__),
+    *(Path(__file__).with_name(f"modeling_vdneuron_{part}.py") for part in ("structure", "experts")),
+)
 
 #: Weights and their index, as transformers names them.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -56,10 +52,6 @@ _MASKS = frozenset({"attention_mask", "mask"})
 _ENCODER_STATES = ("encoder_hidden_states", "key_value_states")
 _CACHES = ("past_key_values", "layer_past")
 _LAYER_INDICES = ("layer_idx", "layer_id")
-
-
-#: What grouped matrix products of torch want the length of a row to be a multiple of.
-_ROW_BYTES = 16
 
 
 class _StandIn(nn.Module):
@@ -165,10 +157,10 @@ class _OwnHeadCount(_StandIn):
     num_key_value_groups: int
 
     @property
-    def config(self) -> "_ConfigView":
+    def config(self) -> ConfigView:
         """The config of the model, apart from the number of heads."""
         num_heads = self.num_key_value_heads * self.num_key_value_groups
-        return _ConfigView(vars(self)["config"], num_attention_heads=num_heads)
+        return ConfigView(vars(self)["config"], num_attention_heads=num_heads)
 
     @config.setter
     def config(self, config: PreTrainedConfig) -> None:
@@ -181,41 +173,13 @@ class _UnevenExperts(_StandIn):
     down_proj: Tensor
 
     @property
-    def config(self) -> "PreTrainedConfig | _ConfigView":
+    def config(self) -> PreTrainedConfig | ConfigView:
         """The config of the model, apart from the implementation."""
         return experts_config(vars(self)["config"], self.down_proj)
 
     @config.setter
     def config(self, config: PreTrainedConfig) -> None:
         vars(self)["config"] = config
-
-
-def experts_config(config: PreTrainedConfig, down_proj: Tensor) -> "PreTrainedConfig | _ConfigView":
-    """Choose an implementation of experts that takes their number of neurons.
-
-    Args:
-        config: Config of the model.
-        down_proj: What reads the neurons of all experts, shape `(experts, hidden, neurons)`.
-
-    Returns:
-        The config; seen with plain matrix products where grouped ones would refuse the length of a row in bytes.
-    """
-    num_bytes = down_proj.shape[2] * down_proj.element_size()
-    is_even = num_bytes > 0 and num_bytes % _ROW_BYTES == 0
-    if is_even or config._experts_implementation != "grouped_mm":
-        return config
-    return _ConfigView(config, _experts_implementation="eager")
-
-
-class _ConfigView:
-    """A config as one layer sees it. It never goes stale: a copy would miss another attention implementation."""
-
-    def __init__(self, config: PreTrainedConfig, **own: object) -> None:
-        self._config = config
-        vars(self).update(own)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._config, name)
 
 
 class _ReadsNothing(_StandIn):

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .modeling_vdneuron_experts import EXPERTS, is_experts
+
 
 __all__ = [
     "FEATURE_COUNTS",
@@ -24,7 +26,6 @@ __all__ = [
     "PrunedStructure",
     "WIDTHS",
     "forward_arguments",
-    "is_experts",
     "is_matrix",
     "native_class",
     "out_axis",
@@ -77,12 +78,6 @@ _VECTORS = frozenset({
     "relative_position_bias.relative_position_bias_table",  # swin
 })
 
-#: Parameters of all experts of a layer together -> the axis that follows their number of neurons, and the other axes.
-_EXPERTS = {
-    "experts.gate_up_proj": (1, slice(None, None, 2)),  # mixtral, qwen2_moe, qwen3_moe
-    "experts.down_proj": (2, slice(2)),
-}
-
 #: Arguments of attention modules that hold a value for each head of the native model.
 _BIASES_PER_HEAD = frozenset({
     "position_bias",  # t5, mpnet
@@ -93,7 +88,7 @@ _BIASES_PER_HEAD = frozenset({
 _BIASED_MASKS = ("use_relative_position_bias", "use_shared_relative_position_bias")  # beit
 
 #: Endings of parameters that lie in no layer that can shrink.
-_LOOSE = (*_VECTORS, *_EXPERTS)
+_LOOSE = (*_VECTORS, *EXPERTS)
 
 #: What a norm calls the number that keeps it from dividing by zero.
 _EPSILON = "variance_epsilon"
@@ -221,6 +216,9 @@ class PrunedStructure:
             left, rows = shape[axis], native.shapes[path][axis]
             if left < rows:
                 shares.setdefault(_block(path), set()).add(Fraction(left, rows))
+        for path in native.shapes.keys() - self.shapes.keys():  # one parameter of experts does not shrink alone
+            if path.endswith(tuple(EXPERTS)) and _block(path) in shares:
+                shares[_block(path)].add(Fraction(1))
         for path in {**self.attributes, **native.attributes}:
             counts, values = native.attributes.get(path, {}), self.attributes.get(path, {})
             _check_attributes(path, counts, values, shares.get(path, {Fraction(1)}))
@@ -259,11 +257,6 @@ def is_matrix(module: nn.Module | None) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups in (1, module.in_channels)
     return isinstance(module, tuple(FEATURE_COUNTS))
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module holds all experts of a layer, in two parameters."""
-    return all(module._parameters.get(end.rpartition(".")[2]) is not None for end in _EXPERTS)
 
 
 def out_axis(module: nn.Module | None) -> int:
@@ -328,7 +321,7 @@ def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...], fix
 def _axes(path: str, module: nn.Module | None) -> tuple[int, slice]:
     """Tell along which axis a weight shrinks with its units, and which axes cannot shrink: a kernel keeps its size."""
     if module is None:
-        return next((axes for end, axes in _EXPERTS.items() if path.endswith(f".{end}")), (-1, slice(-1)))
+        return next((axes for end, axes in EXPERTS.items() if path.endswith(f".{end}")), (-1, slice(-1)))
     return out_axis(module), slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
 
 

@@ -19,7 +19,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_vdneuron.experts import DOWN, GATE_UP, ExpertMatrix
 from hf_vdneuron.layers import VDExpertMatrix
-from hf_vdneuron.modeling_vdneuron import experts_config, native_class
+from hf_vdneuron.modeling_vdneuron import native_class
+from hf_vdneuron.modeling_vdneuron_experts import experts_config
 
 
 __all__ = ["VDExperts", "all_experts", "join_", "leave_"]

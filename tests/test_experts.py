@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from test_modeling_vdneuron_structure import refuse, skeleton
 from test_zoo import TOLERANCE
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +21,8 @@ from hf_vdneuron.curvature import estimate_curvature
 from hf_vdneuron.elbo import kl_divergence, set_variational_, variational_layers
 from hf_vdneuron.experts import DOWN, GATE_UP, ExpertMatrix, find_module
 from hf_vdneuron.masks import RelevanceMask, mask_model_
-from hf_vdneuron.modeling_vdneuron import experts_config
+from hf_vdneuron.modeling_vdneuron import PrunedStructure
+from hf_vdneuron.modeling_vdneuron_experts import experts_config
 from hf_vdneuron.one_shot import sparsify
 from hf_vdneuron.patching import patch_model_, unpatch_model_
 from hf_vdneuron.pruning import prune_model_
@@ -219,6 +222,36 @@ def test_grouped_products_are_left_to_even_numbers() -> None:
         assert seen.hidden_size == config.hidden_size
     config._experts_implementation = "batched_mm"
     assert experts_config(config, torch.empty(2, 3, 5)) is config
+
+
+GATE_UP_SHAPE, DOWN_SHAPE = "layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {GATE_UP_SHAPE: None},
+        {DOWN_SHAPE: None},
+        {GATE_UP_SHAPE: [EXPERTS, 20, 16]},
+        {GATE_UP_SHAPE: [EXPERTS, 17, 16]},
+        {GATE_UP_SHAPE: [3, 16, 16]},
+        {GATE_UP_SHAPE: [EXPERTS, 16, 15]},
+        {DOWN_SHAPE: [EXPERTS, 15, 8]},
+        {GATE_UP_SHAPE: [EXPERTS, 64, 16], DOWN_SHAPE: [EXPERTS, 16, 32]},
+        {DOWN_SHAPE: [EXPERTS, 128]},
+    ],
+    ids=str,
+)
+def test_damaged_shapes_of_experts_are_refused(changes: dict[str, Any]) -> None:
+    model = zoo_model("mixtral")
+    prune_model_(model, masks(model)["ragged"])
+    honest = model.config.vdneuron
+    fitting = {**honest["shapes"], GATE_UP_SHAPE: [EXPERTS, 16, 16], DOWN_SHAPE: [EXPERTS, 16, 8]}
+    native = skeleton(model)
+    PrunedStructure.from_json({**honest, "shapes": fitting}).apply_(native)
+    assert native.layers[0].mlp.experts.intermediate_dim == 8
+    hostile = {path: shape for path, shape in {**fitting, **changes}.items() if shape is not None}
+    refuse({**honest, "shapes": hostile}, model)
 
 
 # ---- The posterior ----
