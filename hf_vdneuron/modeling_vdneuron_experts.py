@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
-__all__ = ["EXPERTS", "ConfigView", "experts_config", "is_experts"]
+__all__ = ["EXPERTS", "ConfigView", "experts_config", "fits_grouped", "is_experts"]
 
 #: Parameters of all experts of a layer together -> the axis that follows their number of neurons, and the other axes.
 EXPERTS = {
@@ -51,8 +51,12 @@ def experts_config(config: PreTrainedConfig, down_proj: Tensor) -> PreTrainedCon
     Returns:
         The config; seen with plain matrix products where grouped ones would refuse the length of a row.
     """
-    num_bytes = down_proj.shape[2] * down_proj.element_size()
-    is_even = num_bytes > 0 and num_bytes % _ROW_BYTES == 0
-    if is_even or config._experts_implementation != "grouped_mm":
+    fits = fits_grouped(down_proj.shape[2], down_proj.element_size())
+    if fits or config._experts_implementation != "grouped_mm":
         return config
     return ConfigView(config, _experts_implementation="eager")
+
+
+def fits_grouped(num_neurons: int, itemsize: int) -> bool:
+    """Tell whether grouped matrix products take experts of so many neurons, of so many bytes each."""
+    return num_neurons > 0 and num_neurons * itemsize % _ROW_BYTES == 0

@@ -194,18 +194,23 @@ def test_selection_takes_as_many_from_each_expert(row: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(("row", "name"), [("mixtral", "intermediate_size"), ("qwen3_moe", "moe_intermediate_size")])
-def test_equal_numbers_are_an_ordinary_checkpoint(row: str, name: str) -> None:
+@pytest.mark.parametrize("left", [8, 6])
+def test_equal_numbers_are_an_ordinary_checkpoint_if_it_runs_anywhere(row: str, name: str, left: int) -> None:
     model = zoo_model(row)
     mask = RelevanceMask({
-        part.path: torch.stack([torch.ones(part.num_units, dtype=torch.bool), torch.arange(part.num_units) % 24 < 16])
+        part.path: torch.stack([
+            torch.ones(part.num_units, dtype=torch.bool),
+            torch.arange(part.num_units) % 16 < left,
+        ])
         for part in mixtures(model)
     })
     expected = logits(mask_model_(deepcopy(model), mask))
     prune_model_(model, mask)
-    assert type(model) is type(zoo_model(row))
-    assert getattr(model.config, name) == 16
-    assert not hasattr(model.config, "vdneuron")
+    assert (type(model) is type(zoo_model(row))) == (left == 8)
+    assert getattr(model.config, name) == (8 if left == 8 else 16)
+    assert hasattr(model.config, "vdneuron") == (left != 8)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=TOLERANCE)
+    assert logits(model.bfloat16()).isfinite().all()
 
 
 def test_grouped_products_are_left_to_even_numbers() -> None:
