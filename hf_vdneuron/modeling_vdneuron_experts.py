@@ -4,6 +4,7 @@
 It travels as remote code beside `modeling_vdneuron` and needs nothing but torch and transformers.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -54,7 +55,9 @@ def experts_config(config: PreTrainedConfig, down_proj: Tensor) -> PreTrainedCon
     fits = fits_grouped(down_proj.shape[2], down_proj.element_size())
     if fits or config._experts_implementation != "grouped_mm":
         return config
-    return ConfigView(config, _experts_implementation="eager")
+    # A program cannot hold a loop over those experts that have tokens, which is quicker otherwise.
+    instead = "batched_mm" if torch.compiler.is_compiling() else "eager"
+    return ConfigView(config, _experts_implementation=instead)
 
 
 def fits_grouped(num_neurons: int, itemsize: int) -> bool:

@@ -259,6 +259,17 @@ def test_damaged_shapes_of_experts_are_refused(changes: dict[str, Any]) -> None:
     refuse({**honest, "shapes": hostile}, model)
 
 
+@pytest.mark.parametrize("name", ["ragged", "first_empty"])
+def test_a_pruned_mixture_can_be_exported(name: str) -> None:
+    model = zoo_model("mixtral", "sdpa")
+    prune_model_(model, masks(model)[name])
+    model.config.use_cache = False
+    inputs = {key: zoo_batch(model)[key] for key in ("input_ids", "attention_mask")}
+    program = torch.export.export(model, (), inputs).module()
+    others = {key: value.flip(0) for key, value in inputs.items()}
+    torch.testing.assert_close(program(**others).logits, model(**others).logits, rtol=0, atol=TOLERANCE)
+
+
 # ---- The posterior ----
 
 
