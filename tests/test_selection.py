@@ -234,9 +234,7 @@ def test_what_is_gone_already_goes_first(how: str) -> None:
 def test_a_convolution_keeps_its_best_channel_whatever_it_costs() -> None:
     model = CHAINS["nested"].model()
     sublayers = find_sublayers(model)
-    relevance = {
-        part.path: 1e-9 * values for part, values in zip(sublayers, random_relevance(sublayers).values(), strict=True)
-    }
+    relevance = {part.path: 1e-9 * values for part, values in zip(sublayers, random_relevance(sublayers).values(), strict=True)}
     costs = Costs(model, length=1)
     least = {"0.0": 1, "1.0.0": 1, "2.1": 0}
     budget = Budget("weights", 0, costs.weights, costs.weights(least), lambda cost: cost)
