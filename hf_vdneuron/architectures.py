@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_vdneuron.chains import find_chain_sublayers
 from hf_vdneuron.discovered import remembered
-from hf_vdneuron.layouts import AttentionLayout, FeedForwardLayout, Stack
+from hf_vdneuron.layouts import AttentionLayout, ExpertsLayout, FeedForwardLayout, Stack
 from hf_vdneuron.sublayers import Sublayer
 
 
@@ -140,6 +140,27 @@ _PHI3_ATTENTION = replace(_LLAMA_ATTENTION, qkv=("qkv_proj",), groups=("num_key_
 _PHI3_FEED_FORWARD = FeedForwardLayout("mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj")
 _PHI3 = (Stack("layers", (_PHI3_ATTENTION, _PHI3_FEED_FORWARD)),)
 
+_MIXTRAL = (Stack("layers", (_LLAMA_ATTENTION, ExpertsLayout())),)
+
+# Layers without experts lie between the others; of Qwen 2's mixtures, one expert takes every token.
+_QWEN_MOE = (
+    Stack(
+        "layers",
+        (
+            _LLAMA_ATTENTION,
+            ExpertsLayout(optional=True),
+            replace(_LLAMA_FEED_FORWARD, optional=True),
+            FeedForwardLayout(
+                "mlp.shared_expert.up_proj",
+                "mlp.shared_expert.down_proj",
+                gate="mlp.shared_expert.gate_proj",
+                name="shared_expert",
+                optional=True,
+            ),
+        ),
+    ),
+)
+
 # ---- Encoders with decoders ----
 
 _BART_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.out_proj", heads=("num_heads",))
@@ -254,6 +275,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "marian": _BART,
     "mbart": _BART,
     "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
     "modernbert": _MODERNBERT,
     "mpnet": _MPNET,
     "mt5": _T5,
@@ -264,7 +286,9 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "phi": _PHI,
     "phi3": _PHI3,
     "qwen2": _LLAMA,
+    "qwen2_moe": _QWEN_MOE,
     "qwen3": _LLAMA,
+    "qwen3_moe": _QWEN_MOE,
     "resnet": _RESNET,
     "roberta": _BERT,
     "segformer": _SEGFORMER,

@@ -76,8 +76,8 @@ class _Layer:
         return self.per_pair * prod(self.left(counts).values())
 
     def products(self, counts: UnitCounts) -> float:
-        """Multiply-accumulates left per position: several passes can go through one layer, on smaller maps."""
-        return self.weights(counts) * max(sublayer.repeats * sublayer.positions for sublayer, _ in self.losses)
+        """Multiply-accumulates left per position of the first blocks."""
+        return self.weights(counts) * max(sublayer.runs for sublayer, _ in self.losses)
 
     def parameters(self, counts: UnitCounts) -> float:
         """Parameters left."""
@@ -162,7 +162,7 @@ def _layer(model: nn.Module, losses: _Losses) -> _Layer:
 
 
 def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:
-    """Count what a mask keeps.
+    """Count what a mask leaves in a model once it is cut.
 
     Args:
         sublayers: The sub-layers of a model.
@@ -171,7 +171,7 @@ def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int
     Returns:
         Path of each sub-layer -> its units left.
     """
-    return {sublayer.path: len(mask.kept_units(sublayer)) for sublayer in sublayers}
+    return {sublayer.path: len(mask.units_left(sublayer)) for sublayer in sublayers}
 
 
 def body_cost(model: nn.Module, *, length: int, mask: RelevanceMask = _KEEP_ALL) -> BodyCost:
@@ -230,7 +230,7 @@ def units_left(model: nn.Module, mask: RelevanceMask = _KEEP_ALL) -> dict[Unit, 
     """
     left: dict[Unit, list[int]] = {unit: [] for unit in Unit}
     for sublayer in find_sublayers(model):
-        left[sublayer.unit].append(len(mask.kept_units(sublayer)))
+        left[sublayer.unit].append(len(mask.units_left(sublayer)))
     return left
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.sublayers import Axis
+from hf_vdneuron.variational_experts import all_experts
 
 
 __all__ = ["Batches", "Curvature", "Loss", "estimate_curvature"]
@@ -116,7 +117,7 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
         by_example: dict[str, Tensor] = {}
         for call, gradient in zip(calls, gradients, strict=True):
             weights[call.path] += _squared(call, gradient)
-            scale = _by_scale(call, gradient)
+            scale = _by_scale(call, gradient, size)
             by_example[call.path] = by_example[call.path] + scale if call.path in by_example else scale
         for path, scores_of_batch in by_example.items():
             scores[path].append(scores_of_batch)
@@ -141,7 +142,7 @@ def _forward(
         calls.append(_Call(path, layer, inputs[0].detach(), noted))
         return noted.clone()
 
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad(), all_experts(model):
         for path, layer in layers.items():
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
         mean = loss(model, batch)
@@ -159,7 +160,7 @@ def _squared(call: _Call, gradient: Tensor) -> Tensor:
     return squared
 
 
-def _by_scale(call: _Call, gradient: Tensor) -> Tensor:
+def _by_scale(call: _Call, gradient: Tensor, batch_size: int) -> Tensor:
     """Differentiate the loss of each example by the scale of each group, shape `(batch_size, num_groups)`."""
     layer, mean = call.layer, call.layer.mean.detach()
     # In mixed precision they are narrower than the weights.
@@ -173,4 +174,6 @@ def _by_scale(call: _Call, gradient: Tensor) -> Tensor:
         signal = inputs.detach() * back
     axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
     by_feature = signal.movedim(axis, 1).unsqueeze(-1).flatten(2).sum(2)
+    if len(by_feature) % batch_size == 0:  # tokens or windows of all examples can lie along one axis
+        by_feature = by_feature.unflatten(0, (batch_size, len(by_feature) // batch_size)).sum(1)
     return layer.prior.sum_groups(by_feature).to(layer.log_var.dtype)

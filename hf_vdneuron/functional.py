@@ -40,6 +40,7 @@ __all__ = [
     "responsibilities",
     "second_moment",
     "weight_kl",
+    "whole",
 ]
 
 LOG_2PI = math.log(2 * math.pi)
@@ -313,3 +314,16 @@ def local_reparameterization(output_mean: Tensor, output_var: Tensor) -> Tensor:
     """
     std = (output_var + OUTPUT_VARIANCE_FLOOR).sqrt()
     return output_mean + (std * torch.randn_like(std)).to(output_mean.dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather what fully sharded data parallelism keeps in pieces outside of a forward pass.
+
+    Args:
+        tensor: Any tensor. If it is in pieces, every process has to call this.
+
+    Returns:
+        All of it.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

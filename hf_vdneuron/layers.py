@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from hf_vdneuron.functional import PriorStatistics, local_reparameterization, second_moment
+from hf_vdneuron.experts import ExpertMatrix, find_module, set_weight_
+from hf_vdneuron.functional import PriorStatistics, local_reparameterization, second_moment, whole
 from hf_vdneuron.precision import at_least_float32, with_range_of_float32
 from hf_vdneuron.priors import Prior
 from hf_vdneuron.sublayers import Axis
@@ -24,6 +25,7 @@ __all__ = [
     "DenseLayer",
     "VDConv1d",
     "VDConv2d",
+    "VDExpertMatrix",
     "VDFalconLinear",
     "VDLinear",
     "VDTransposedLinear",
@@ -32,11 +34,10 @@ __all__ = [
     "feature_axis",
     "make_dense_",
     "make_variational_",
-    "whole",
 ]
 
 #: Layers that can hold a posterior.
-DenseLayer = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d
+DenseLayer = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | ExpertMatrix
 
 
 class VariationalLayer(nn.Module):
@@ -79,12 +80,13 @@ class VariationalLayer(nn.Module):
     @property
     def mean(self) -> Tensor:
         """Posterior mean under the masks, in the shape and dtype of `weight`."""
-        mean = whole(self.weight)
+        weight = self.weight  # of experts, put together anew each time
+        mean = whole(weight)
         for axis in (self.group_axis, 1 - self.group_axis):
             factor = self._factor(axis)
             if factor is not None:
                 mean = mean * self._broadcast(factor, axis)
-        return mean.to(self.weight.dtype)
+        return mean.to(weight.dtype)
 
     @property
     def direction(self) -> Tensor:
@@ -116,22 +118,32 @@ class VariationalLayer(nn.Module):
         Returns:
             Outputs as the dense layer gives them.
         """
+        mean = self.presented_mean()
+        output_mean = self.keep_in_graph(self._product(inputs, mean, self.bias))
+        return self.add_noise(output_mean, inputs, self.var) if self.training and self.noise else output_mean
+
+    def presented_mean(self) -> Tensor:
+        """Return the mean for a forward pass, which in training leaves its divergence behind if that is collected."""
         mean = self.mean
         if self.training and self.collect_kl:
             log_var = self._shape_parameter(self.log_var)
             self.kl, self.statistics = self.prior.kl_bound(mean, log_var, self.group_axis)
-        output_mean = self._product(inputs, mean, self.bias)
+        return mean
+
+    def keep_in_graph(self, outputs: Tensor) -> Tensor:
+        """Let outputs depend on all parameters in training: distributed data parallelism stops at any other."""
         if self.training and (self.frozen or not self.noise) and self.log_var.requires_grad:
-            # Distributed data parallelism stops at a parameter that its outputs do not depend on.
-            output_mean = output_mean + 0 * self.log_var.sum()
+            outputs = outputs + 0 * self.log_var.sum()
             if self.group_scale is not None:
-                output_mean = output_mean + 0 * self.group_scale.sum()
-        if not (self.training and self.noise):
-            return output_mean
+                outputs = outputs + 0 * self.group_scale.sum()
+        return outputs
+
+    def add_noise(self, output_mean: Tensor, inputs: Tensor, var: Tensor) -> Tensor:
+        """Draw outputs around their mean, for weights of the given variance."""
         # Noise needs few digits, but squares twice the exponents.
         dtype = with_range_of_float32(output_mean.dtype)
         with torch.autocast(inputs.device.type, enabled=False):
-            output_var = self._product(inputs.to(dtype).square(), self.var.to(dtype), None)
+            output_var = self._product(inputs.to(dtype).square(), var.to(dtype), None)
         return local_reparameterization(output_mean, output_var)
 
     def multiply(self, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -170,7 +182,7 @@ class VariationalLayer(nn.Module):
         return parameter.detach() if self.frozen else parameter
 
     def _broadcast(self, per_feature: Tensor, axis: int) -> Tensor:
-        shape = [1] * self.weight.ndim
+        shape = [1] * self.log_var.ndim
         shape[axis] = -1
         return per_feature.view(shape)
 
@@ -252,6 +264,16 @@ class VDConv2d(VariationalLayer, nn.Conv2d):
         return self._conv_forward(inputs, weight, bias)
 
 
+class VDExpertMatrix(VariationalLayer, ExpertMatrix):
+    """One matrix of all experts of a layer, with a posterior. The experts, who own its weight, save and load that."""
+
+    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+
 #: Dense class -> variational class. Exact classes only: a subclass may compute something else.
 VARIATIONAL_CLASSES: dict[type[nn.Module], type[VariationalLayer]] = {
     nn.Linear: VDLinear,
@@ -259,20 +281,8 @@ VARIATIONAL_CLASSES: dict[type[nn.Module], type[VariationalLayer]] = {
     Conv1D: VDTransposedLinear,
     nn.Conv1d: VDConv1d,
     nn.Conv2d: VDConv2d,
+    ExpertMatrix: VDExpertMatrix,
 }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Gather what fully sharded data parallelism keeps in pieces outside of a forward pass.
-
-    Args:
-        tensor: Any tensor. If it is in pieces, every process has to call this.
-
-    Returns:
-        All of it.
-    """
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def feature_axis(module: nn.Module, axis: Axis) -> int:
@@ -302,7 +312,7 @@ def dense_layer(model: nn.Module, path: str) -> DenseLayer:
     Raises:
         TypeError: If the module there is of another class.
     """
-    module = model.get_submodule(path)
+    module = find_module(model, path)
     if not isinstance(module, DenseLayer):
         raise TypeError(f"Module `{path}` is a `{type(module).__name__}`: expected one of {_known_classes()}.")
     return module
@@ -369,7 +379,7 @@ def make_dense_(layer: VariationalLayer) -> DenseLayer:
     Returns:
         The same object, now an ordinary dense layer.
     """
-    layer.weight.copy_(layer.mean)
+    set_weight_(layer, layer.mean)
     for name in VariationalLayer.__annotations__.keys() - {"weight", "bias"}:
         delattr(layer, name)
     dense = {variational: dense for dense, variational in VARIATIONAL_CLASSES.items()}

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from hf_vdneuron.experts import DOWN, GATE_UP, ExpertMatrix
 from hf_vdneuron.layers import dense_layer, feature_axis
 from hf_vdneuron.sublayers import Axis, Role, Side, SideName, Slice, Sublayer, Unit
 
 
-__all__ = ["AttentionLayout", "FeedForwardLayout", "Stack"]
+__all__ = ["AttentionLayout", "ExpertsLayout", "FeedForwardLayout", "Stack"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,55 @@ class FeedForwardLayout:
 
 
 @dataclass(frozen=True)
+class ExpertsLayout:
+    """Where a mixture of gated experts keeps their neurons. Paths are relative to one transformer layer.
+
+    Its units are the neurons of all experts, each one of its own; an expert itself stays, and so does the router.
+
+    Args:
+        experts: Module that holds the parameters of all experts.
+        router: Module that sends tokens to them.
+        top_k: Attribute of the router that holds to how many.
+        name: Name of the sub-layer.
+        optional: Whether some layers lack the block.
+    """
+
+    experts: str = "mlp.experts"
+    router: str = "mlp.gate"
+    top_k: str = "top_k"
+    name: str = "feed_forward"
+    optional: bool = False
+
+    def sublayer(self, model: nn.Module, layer: str) -> Sublayer | None:
+        """Locate the block in one layer of a model.
+
+        Args:
+            model: Model that the paths start from.
+            layer: Path of the transformer layer.
+
+        Returns:
+            The sub-layer, or None if the layer lacks it.
+        """
+        path = f"{layer}.{self.experts}"
+        if self.optional and not _has_module(model, path):
+            return None
+        num_experts, _, per_expert = ExpertMatrix(model.get_submodule(path), DOWN).parameter.shape
+        num_units = num_experts * per_expert
+        rows = Slice(f"{path}.{GATE_UP}", Role.INTERMEDIATE, Axis.OUT, offset=num_units)
+        columns = Slice(f"{path}.{DOWN}", Role.OUTPUT, Axis.IN)
+        return Sublayer(
+            path=f"{layer}.{self.name}",
+            unit=Unit.NEURON,
+            num_units=num_units,
+            sides=(Side(SideName.IN, (rows,)), Side(SideName.OUT, (columns,))),
+            companions=(Slice(rows.module, Role.GATE, Axis.OUT),),
+            foldable=False,
+            num_experts=num_experts,
+            experts_per_token=getattr(model.get_submodule(f"{layer}.{self.router}"), self.top_k),
+        )
+
+
+@dataclass(frozen=True)
 class Stack:
     """Layers of one kind, and what each of them holds.
 
@@ -218,7 +268,7 @@ class Stack:
     """
 
     layers: str
-    blocks: tuple[AttentionLayout | FeedForwardLayout, ...]
+    blocks: tuple[AttentionLayout | FeedForwardLayout | ExpertsLayout, ...]
     shared: tuple[str, str] | None = None
     shrink: int = 1
     optional: bool = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.experts import set_weight_
 from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, feature_axis
 from hf_vdneuron.sublayers import Axis, Side, Slice, Sublayer
 
@@ -40,6 +41,24 @@ class RelevanceMask:
         """
         keep = self.keep.get(sublayer.path)
         return torch.arange(sublayer.num_units) if keep is None else keep.all(0).nonzero().flatten().cpu()
+
+    def units_left(self, sublayer: Sublayer) -> Tensor:
+        """List the units of a sub-layer that stay in the model once it is cut.
+
+        One parameter holds all experts of a layer, so all of them keep as many as the one that keeps most: the others
+        keep units that nothing reads, too.
+
+        Args:
+            sublayer: A sub-layer of the masked model.
+
+        Returns:
+            Their indices in order, integer, shape `(num_left,)`; without experts those of `kept_units`.
+        """
+        kept = torch.zeros(sublayer.num_units, dtype=torch.bool).index_fill_(0, self.kept_units(sublayer), True)
+        by_expert = kept.view(sublayer.num_experts, sublayer.num_units // sublayer.num_experts)
+        # Those that are kept come first.
+        first = (~by_expert).to(torch.int8).argsort(dim=1, stable=True)[:, : int(by_expert.sum(1).max())]
+        return torch.zeros_like(by_expert).scatter(1, first, True).flatten().nonzero().flatten()
 
     def __and__(self, other: "RelevanceMask") -> "RelevanceMask":
         """Keep what both masks keep.
@@ -133,7 +152,7 @@ def _zero_(module: DenseLayer, axis: Axis, keep: Tensor) -> None:
     if buffer is not None:
         buffer.copy_(keep)
     else:
-        module.weight.index_fill_(feature_axis(module, axis), (~keep).nonzero().flatten(), 0)
+        set_weight_(module, module.weight.index_fill(feature_axis(module, axis), (~keep).nonzero().flatten(), 0))
 
 
 def read_mask(model: nn.Module) -> RelevanceMask:

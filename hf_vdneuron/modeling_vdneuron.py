@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose layers have sizes of their own: what is left of each, and classes that build, load and save them.
 
-This file and `modeling_vdneuron_structure` need nothing but torch and transformers, because they also travel as remote
-code beside the weights of every pruned model. They serve all architectures: they describe a pruned model by the shapes
-that differ from those of its native class, build the native model and shrink it before any weight is loaded.
+This file and the two that it imports need nothing but torch and transformers, because they also travel as remote code
+beside the weights of every pruned model. They serve all architectures: they describe a pruned model by the shapes that
+differ from those of its native class, build the native model and shrink it before any weight is loaded.
 """
 
 import os
@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
+from .modeling_vdneuron_experts import ConfigView, experts_config, is_experts
 from .modeling_vdneuron_structure import PrunedStructure, forward_arguments, is_matrix, native_class, out_axis
 
 
@@ -34,8 +35,11 @@ __all__ = [
     "pruned_class",
 ]
 
-#: What travels with a pruned model: this file, and the one that it imports, by a relative name as remote code has to.
-CODE_FILES = (Path(__file__), Path(__file__).with_name("modeling_vdneuron_structure.py"))
+#: What travels with a pruned model: this file, and those that it imports, by relative names as remote code has to.
+CODE_FILES = (
+    Path(__file__),
+    *(Path(__file__).with_name(f"modeling_vdneuron_{part}.py") for part in ("structure", "experts")),
+)
 
 #: Weights and their index, as transformers names them.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -153,24 +157,29 @@ class _OwnHeadCount(_StandIn):
     num_key_value_groups: int
 
     @property
-    def config(self) -> "_ConfigView":
+    def config(self) -> ConfigView:
         """The config of the model, apart from the number of heads."""
-        return _ConfigView(vars(self)["config"], self.num_key_value_heads * self.num_key_value_groups)
+        num_heads = self.num_key_value_heads * self.num_key_value_groups
+        return ConfigView(vars(self)["config"], num_attention_heads=num_heads)
 
     @config.setter
     def config(self, config: PreTrainedConfig) -> None:
         vars(self)["config"] = config
 
 
-class _ConfigView:
-    """A config as one layer sees it. It never goes stale: a copy would miss another attention implementation."""
+class _UnevenExperts(_StandIn):
+    """Experts with a number of neurons that not every implementation takes."""
 
-    def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
-        self._config = config
-        self.num_attention_heads = num_attention_heads
+    down_proj: Tensor
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._config, name)
+    @property
+    def config(self) -> PreTrainedConfig | ConfigView:
+        """The config of the model, apart from the implementation."""
+        return experts_config(vars(self)["config"], self.down_proj)
+
+    @config.setter
+    def config(self, config: PreTrainedConfig) -> None:
+        vars(self)["config"] = config
 
 
 class _ReadsNothing(_StandIn):
@@ -195,6 +204,8 @@ def _stand_in(module: nn.Module) -> type | None:
     """Choose what a module needs to run as it is now, if anything."""
     if isinstance(module, Conv1D):
         return _ReadsNothing if len(module.weight) == 0 else None
+    if is_experts(module):
+        return _UnevenExperts
     if not _is_attention(module):
         return None
     matrices = [child.get_parameter("weight") for child in module.children() if is_matrix(child)]

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .modeling_vdneuron_experts import EXPERTS, is_experts
+
 
 __all__ = [
     "FEATURE_COUNTS",
@@ -87,6 +89,9 @@ _BIASES_PER_HEAD = frozenset({
 
 #: Switches in a config that say that such values are part of the attention mask.
 _BIASED_MASKS = ("use_relative_position_bias", "use_shared_relative_position_bias")  # beit
+
+#: Endings of parameters that lie in no layer that can shrink.
+_LOOSE = (*_VECTORS, *EXPERTS)
 
 #: What a norm calls the number that keeps it from dividing by zero.
 _EPSILON = "variance_epsilon"
@@ -209,11 +214,14 @@ class PrunedStructure:
         """Compare everything with the native sizes and modules."""
         shares: dict[str, set[Fraction]] = {}  # of the rows that the layers right inside a module keep
         for path, shape in self.shapes.items():
-            _check_shape(path, native.shapes.get(path, ()), shape, _fixed_axes(modules.get(path)))
-            axis = out_axis(modules.get(path)) if path in modules else -1
+            axis, fixed = _axes(path, modules.get(path))
+            _check_shape(path, native.shapes.get(path, ()), shape, fixed)
             left, rows = shape[axis], native.shapes[path][axis]
             if left < rows:
                 shares.setdefault(_block(path), set()).add(Fraction(left, rows))
+        for path in native.shapes.keys() - self.shapes.keys():  # one parameter of experts does not shrink alone
+            if path.endswith(tuple(EXPERTS)) and _block(path) in shares:
+                shares[_block(path)].add(Fraction(1))
         for path in {**self.attributes, **native.attributes}:
             counts, values = native.attributes.get(path, {}), self.attributes.get(path, {})
             _check_attributes(path, counts, values, shares.get(path, {Fraction(1)}))
@@ -261,7 +269,7 @@ def out_axis(module: nn.Module | None) -> int:
 
 def _block(path: str) -> str:
     """Return the path of the module around a layer, or around the owner of a parameter that lies in no layer."""
-    end = next((f".{end}" for end in _VECTORS if path.endswith(f".{end}")), f".{path.rpartition('.')[2]}")
+    end = next((f".{end}" for end in _LOOSE if path.endswith(f".{end}")), f".{path.rpartition('.')[2]}")
     return path.removesuffix(end) if "." in path else ""
 
 
@@ -275,7 +283,7 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str | None]:
 
 
 def _is_vector(name: str) -> bool:
-    return any(name.endswith(f".{end}") for end in _VECTORS)
+    return any(name.endswith(f".{end}") for end in _LOOSE)
 
 
 def _num_heads(module: nn.Module) -> int | None:
@@ -313,11 +321,11 @@ def _check_shape(path: str, native: tuple[int, ...], shape: tuple[int, ...], fix
     )
 
 
-def _fixed_axes(module: nn.Module | None) -> slice:
-    """Of a layer its kernel keeps its size; of a vector or table all axes but the last."""
+def _axes(path: str, module: nn.Module | None) -> tuple[int, slice]:
+    """Tell along which axis a weight shrinks with its units, and which axes cannot shrink: a kernel keeps its size."""
     if module is None:
-        return slice(-1)
-    return slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
+        return next((axes for end, axes in EXPERTS.items() if path.endswith(f".{end}")), (-1, slice(-1)))
+    return out_axis(module), slice(2 if getattr(module, "groups", 1) == 1 else 1, None)
 
 
 def _check_attributes(path: str, native: Mapping[str, int], values: Mapping[str, int], shares: set[Fraction]) -> None:
@@ -354,16 +362,14 @@ def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
     if name is not None:
         rescale_epsilon_(module, module.get_parameter(name).shape[-1], shape[-1])
         _renew_(module, name, shape)
+        if is_experts(module):
+            module.__dict__["intermediate_dim"] = module.get_parameter("down_proj").shape[2]
         return
     for name, size in zip(_counts(module), shape, strict=False):  # a kernel is not counted
         setattr(module, name, size)
     if getattr(module, "groups", 1) > 1:  # each channel makes one
         module.__dict__.update(groups=shape[0], in_channels=shape[0])
-    sizes = {"weight": shape, "bias": (shape[out_axis(module)],)}
-    for name, _ in list(module.named_parameters(recurse=False)):
-        _renew_(module, name, sizes[name])
-    if isinstance(module, _CHANNEL_NORMS):
-        _shorten_statistics_(module, shape[0])
+    _renew_all_(module, shape)
     bias = getattr(module, "bias", None)
     if 0 in shape:  # some models would draw weights with a variance of one over their number
         module.__dict__["_is_hf_initialized"] = True
@@ -371,16 +377,20 @@ def _resize_(model: nn.Module, path: str, shape: tuple[int, ...]) -> None:
             nn.init.zeros_(bias)
 
 
-def _shorten_statistics_(norm: nn.Module, num_features: int) -> None:
-    for name, values in list(norm.named_buffers(recurse=False)):
-        if values.ndim:  # unlike the count of batches
-            setattr(norm, name, values[:num_features].clone())
-
-
 def rescale_epsilon_(module: nn.Module, before: int, after: int) -> None:
     """Keep a norm over fewer features what it was over all, the others being zero; its weight shrinks likewise."""
     if after and _EPSILON in vars(module):
         setattr(module, _EPSILON, getattr(module, _EPSILON) * before / after)
+
+
+def _renew_all_(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Give a layer's parameters, and the statistics of a norm, the sizes that go with a shape of its weight."""
+    sizes = {"weight": shape, "bias": (shape[out_axis(module)],)}
+    for name, _ in list(module.named_parameters(recurse=False)):
+        _renew_(module, name, sizes[name])
+    for name, values in list(module.named_buffers(recurse=False)):
+        if values.ndim:  # unlike the count of batches
+            setattr(module, name, values[: shape[0]].clone())
 
 
 def _renew_(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:

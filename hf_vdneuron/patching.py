@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.elbo import init_priors_, variational_layers
-from hf_vdneuron.layers import dense_layer, feature_axis, make_dense_, make_variational_
+from hf_vdneuron.experts import ExpertMatrix
+from hf_vdneuron.layers import VDExpertMatrix, dense_layer, feature_axis, make_dense_, make_variational_
 from hf_vdneuron.priors import GaussianMixturePrior, GroupGaussianPrior, Prior, WeightPrior
 from hf_vdneuron.sublayers import Axis, Role, SideName, Slice, Sublayer
+from hf_vdneuron.variational_experts import join_, leave_
 
 
 __all__ = ["patch_model_", "select_sublayers", "unpatch_model_"]
@@ -148,7 +150,7 @@ def patch_model_(model: nn.Module, config: VDConfig | None = None) -> nn.Module:
     for path, claim in _assign(sublayers, config).items():
         layer = dense_layer(model, path)
         prior = PRIORS[config.prior](claim.feature_group(), num_groups=claim.sublayer.num_units, key=claim.key)
-        make_variational_(
+        variational = make_variational_(
             layer,
             prior.to(layer.weight.device),
             group_axis=feature_axis(layer, claim.part.axis),
@@ -156,6 +158,8 @@ def patch_model_(model: nn.Module, config: VDConfig | None = None) -> nn.Module:
             group_scale=config.group_scale,
             masked=tuple(masked.get(path, ())),
         )
+        if isinstance(variational, VDExpertMatrix):
+            join_(variational)
     init_priors_(model)
     return model
 
@@ -170,5 +174,7 @@ def unpatch_model_(model: nn.Module) -> nn.Module:
         The same model.
     """
     for layer in variational_layers(model).values():
-        make_dense_(layer)
+        dense = make_dense_(layer)
+        if isinstance(dense, ExpertMatrix):
+            leave_(dense)
     return model

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.discovered import Discovery, remembered
 from hf_vdneuron.exactness import agree, tensors_in
+from hf_vdneuron.experts import ExpertMatrix, find_module
 from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron_structure import FEATURE_COUNTS, rescale_epsilon_, takes_bias_per_head
@@ -94,7 +95,7 @@ def _require_exact(model: nn.Module, mask: RelevanceMask, discovery: Discovery) 
 def _cut_units_(model: nn.Module, mask: RelevanceMask) -> nn.Module:
     """Cut what a mask ends out of a model of plain layers."""
     for sublayer in find_sublayers(model):
-        kept = mask.kept_units(sublayer)
+        kept = mask.units_left(sublayer)
         if len(kept) < sublayer.num_units:
             _remove_units_(model, sublayer, kept)
     return as_pruned_model_(model) if isinstance(model, PreTrainedModel) else model
@@ -121,7 +122,7 @@ def _remove_units_(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
         fused.setdefault((part.module, part.parameter), []).append(part)
     for parts in fused.values():
         gone = torch.cat([part.features(removed).flatten() for part in parts])
-        _cut_(model.get_submodule(parts[0].module), parts[0], gone)
+        _cut_(find_module(model, parts[0].module), parts[0], gone)
     if sublayer.attention is not None:
         _remember_heads_(model.get_submodule(sublayer.attention), sublayer, kept)
     for path, attribute, factor in sublayer.attributes:
@@ -202,6 +203,9 @@ def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
     layer = dense_layer(module, "")
     axis = feature_axis(layer, part.axis)
     kept = _others(layer.weight.shape[axis], gone)
+    if isinstance(layer, ExpertMatrix):
+        layer.replace_(_select(layer, part.axis, kept))
+        return
     _replace_(layer, "weight", _select(layer, part.axis, kept))
     if part.axis is Axis.OUT and layer.bias is not None:
         _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])

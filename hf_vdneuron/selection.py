@@ -47,7 +47,7 @@ class Alignment:
     round_neurons_to: int = 1
 
     def step(self, unit: Unit) -> int:
-        """Tell how many units of a layer go at once.
+        """Tell how many units of a layer, or of each of its experts, go at once.
 
         Args:
             unit: Their kind.
@@ -64,11 +64,11 @@ class Alignment:
             sublayers: The sub-layers of a model.
 
         Returns:
-            The groups: single sub-layers, or all with as many units of one kind.
+            The groups: single sub-layers, or all with as many units of one kind, in as many experts.
         """
         groups: dict[object, list[Sublayer]] = {}
         for part in sublayers:
-            key = part.path if self.layout is Layout.FREE else (part.unit, part.num_units)
+            key = part.path if self.layout is Layout.FREE else (part.unit, part.num_units, part.num_experts)
             groups.setdefault(key, []).append(part)
         return list(groups.values())
 
@@ -165,12 +165,19 @@ def _worths(sublayer: Sublayer, weakest: Tensor, price: float, present: Relevanc
 
 def _blocks(alike: Sequence[Sublayer], worths: Mapping[str, Tensor], group: int, step: int) -> Iterator[_Block]:
     """Put the weakest units of each sub-layer together, then the next ones, so that a multiple of the step is left."""
+    # Experts of a layer keep equal numbers whatever the alignment: the one that keeps most says how many there are.
     # Ties fall by unit, those of blocks by group and members: every process has to remove the same.
-    orders = {part.path: worths[part.path].argsort(stable=True).tolist() for part in alike}
-    num_units = alike[0].num_units
+    num_units = alike[0].num_units // alike[0].num_experts
+    orders = [
+        (part.path, [expert * num_units + unit for unit in order])
+        for part in alike
+        for expert, order in enumerate(
+            worths[part.path].view(part.num_experts, num_units).argsort(dim=1, stable=True).tolist()
+        )
+    ]
     start = 0
     for end in range(num_units % step or step, num_units + 1, step):
-        members = tuple((path, unit) for path, order in orders.items() for unit in order[start:end])
+        members = tuple((path, unit) for path, order in orders for unit in order[start:end])
         yield _Block(fmean(worths[path][unit].item() for path, unit in members), group, members)
         start = end
 

@@ -9,7 +9,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from hf_vdneuron.elbo import variational_layers
-from hf_vdneuron.layers import whole
+from hf_vdneuron.experts import set_weight_
+from hf_vdneuron.functional import whole
+from hf_vdneuron.layers import dense_layer
 from hf_vdneuron.patching import unpatch_model_
 
 
@@ -57,7 +59,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
     for name, buffer in copy.named_buffers():
         buffer.data = whole(model.get_buffer(name)).clone()
     for path, layer in variational_layers(model).items():
-        copy.get_submodule(path).weight.data = layer.mean.clone()
+        set_weight_(dense_layer(copy, path), layer.mean)
     return copy.train(model.training)
 
 

@@ -7,12 +7,14 @@ from fractions import Fraction
 from itertools import islice, product
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.discovered import share_
 from hf_vdneuron.modeling_vdneuron import native_class
+from hf_vdneuron.modeling_vdneuron_experts import fits_grouped, is_experts
 from hf_vdneuron.skeletons import skeleton, tensor_shapes
 from hf_vdneuron.sublayers import Sublayer, Unit
 
@@ -30,6 +32,8 @@ _COUNTS = {
     ),
     Unit.NEURON: (
         "intermediate_size",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
         "ffn_dim",
         "d_ff",
         "n_inner",
@@ -63,7 +67,7 @@ def stock_sizes(model: PreTrainedModel) -> dict[str, int] | None:
         Names in the config -> numbers; None if the native class with no such config is the same model.
     """
     dense = _build(model, {})
-    if dense is None:
+    if dense is None or not all(_runs_anywhere(module) for module in model.modules() if is_experts(module)):
         return None
     share_(model, dense)
     left, whole = find_sublayers(model), find_sublayers(dense)
@@ -109,6 +113,11 @@ def _proposals(config: PreTrainedConfig, left: list[Sublayer], whole: list[Subla
         if all(size.denominator == 1 and size > 0 for size in sizes.values()):
             known = {name: size for name, size in fixed.items() if hasattr(config, name)}
             yield {name: int(size) for name, size in sizes.items()} | known
+
+
+def _runs_anywhere(experts: nn.Module) -> bool:
+    """Tell whether experts run by the native forward pass alone, in bfloat16 too."""
+    return fits_grouped(experts.get_parameter("down_proj").shape[2], torch.bfloat16.itemsize)
 
 
 def _number(config: PreTrainedConfig, name: str) -> int:

@@ -154,6 +154,9 @@ class Sublayer:
         repeats: How often the block runs in one forward pass: layers can share it.
         positions: At how many positions it runs for each position of the first blocks, where maps get smaller.
         minimum: How many units have to stay, as the block cannot run with fewer.
+        num_experts: How many experts share the units out, each having as many as any other; 1 where there are none.
+            Unit `k` of expert `e` is number `e * num_units / num_experts + k`.
+        experts_per_token: How many of them each token is sent to.
     """
 
     path: str
@@ -169,6 +172,8 @@ class Sublayer:
     repeats: int = 1
     positions: float = 1.0
     minimum: int = 0
+    num_experts: int = 1
+    experts_per_token: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -179,6 +184,11 @@ class Sublayer:
     def matrices(self) -> tuple[Slice, ...]:
         """Those slices that are weight matrices."""
         return tuple(part for part in self.slices if part.role not in (Role.NORM, Role.BIAS))
+
+    @property
+    def runs(self) -> float:
+        """How often a unit runs for each position of the first blocks, on average."""
+        return self.repeats * self.positions * self.experts_per_token / self.num_experts
 
     @property
     def out_side(self) -> Side:

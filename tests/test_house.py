@@ -17,6 +17,7 @@ MODULES = sorted(TREES.keys() - {"__init__"})
 
 # What travels with saved models as remote code: it needs no other module, and finds its own by relative names.
 TRAVELLERS = [
+    "modeling_vdneuron_experts",
     "modeling_vdneuron_structure",
     "modeling_vdneuron",
 ]
@@ -30,7 +31,9 @@ DOWNHILL = [
     "precision",
     "sublayers",
     "priors",
+    "experts",
     "layers",
+    "variational_experts",
     "chains",
     "layouts",
     "discovered",

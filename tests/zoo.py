@@ -41,6 +41,16 @@ _SIZES = {
     "eos_token_id": 1,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": KEYS, "head_dim": 4}
+_EXPERTS, _PER_EXPERT = 4, 16
+_MOE = {**_GROUPED, "num_experts_per_tok": 2, "intermediate_size": _PER_EXPERT}
+# What has no experts is as wide as all of them together.
+_QWEN_MOE = {
+    **_MOE,
+    "num_experts": _EXPERTS,
+    "moe_intermediate_size": _PER_EXPERT,
+    "intermediate_size": _EXPERTS * _PER_EXPERT,
+    "shared_expert_intermediate_size": _EXPERTS * _PER_EXPERT,
+}
 _BART = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
@@ -186,6 +196,7 @@ _CAUSAL_LM = {
     "llama": Row("llama", _GROUPED, heads=KEYS),
     "llama_biased": Row("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True}, heads=KEYS),
     "mistral": Row("mistral", {**_GROUPED, "sliding_window": 4}, heads=KEYS),
+    "mixtral": Row("mixtral", {**_MOE, "num_local_experts": _EXPERTS}, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
     "olmo2": Row("olmo2", _GROUPED, heads=KEYS),
     "olmo2_ungrouped": Row("olmo2", {**_GROUPED, "num_key_value_heads": HEADS}),
     "opt": Row("opt", {**_SIZES, "ffn_dim": NEURONS, "word_embed_proj_dim": 16}),
@@ -193,7 +204,9 @@ _CAUSAL_LM = {
     "phi3": Row("phi3", _GROUPED, heads=KEYS),
     "phi3_ungrouped": Row("phi3", {**_GROUPED, "num_key_value_heads": HEADS}),
     "qwen2": Row("qwen2", _GROUPED, heads=KEYS),
+    "qwen2_moe": Row("qwen2_moe", _QWEN_MOE, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
     "qwen3": Row("qwen3", _GROUPED, heads=KEYS),
+    "qwen3_moe": Row("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": [1]}, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
     "smollm3": Row("smollm3", _GROUPED, heads=KEYS),
 }
 _SEQ2SEQ_LM = {
