@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.architectures import find_sublayers, is_supported
 from hf_vdneuron.checkpoints import require_complete
 from hf_vdneuron.cli import (
     check_counts,
@@ -39,6 +39,7 @@ from hf_vdneuron.cli import (
     shareable_command,
 )
 from hf_vdneuron.config import VDConfig
+from hf_vdneuron.discovered import share_
 from hf_vdneuron.evaluation import encode, evaluate_glue, make_compute_metrics
 from hf_vdneuron.glue import GlueTask, glue_task, load_glue, split_off_dev, take
 from hf_vdneuron.history import PosteriorCallback, report_training
@@ -230,7 +231,7 @@ def read_rows(task: GlueTask, data_args: DataArguments, args: VDTrainingArgument
 
 
 def check_sublayers(model: PreTrainedModel, model_name_or_path: str, vd_config: VDConfig) -> None:
-    """Find out whether a model can be patched before its texts are encoded.
+    """Find out whether a model can be patched before its texts are encoded, unless it takes these to find out.
 
     Args:
         model: The model.
@@ -238,8 +239,10 @@ def check_sublayers(model: PreTrainedModel, model_name_or_path: str, vd_config: 
         vd_config: What to patch.
 
     Raises:
-        ValueError: If its type is not supported, or a pattern matches nothing in it.
+        ValueError: If a pattern matches nothing in it.
     """
+    if not is_supported(model):
+        return
     try:
         select_sublayers(find_sublayers(model), vd_config)
     except ValueError as error:
@@ -322,6 +325,8 @@ def report_run(trainer: GlueTrainer, job: Job, heads: list[list[int]], train_sec
     pruned, tokenizer = load_again(trainer)
     result = evaluate_glue(pruned, tokenizer, job.task, job.validation_rows, **settings)
     start, _ = load_model(data_args.model_name_or_path, job.task)
+    for loaded in (start, pruned):
+        share_(trainer.model, loaded)
     start.to(args.device)  # type: ignore[arg-type]  # transformers wraps `to` so that it seems unbound
     autocast = [f"{kind} autocast" for kind in ("bf16", "fp16") if getattr(args, kind)]
     return RunReport(

@@ -1,20 +1,16 @@
 """`scripts/vgg.py` and its images: a tiny network on a few synthetic images, and nothing mixes settings."""
 
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow
 import pytest
 import torch
 import vgg
 from benchmarks import cifar10
 from benchmarks.chain_runs import Course, append_run, read_runs
-from PIL import Image
-from pyarrow import parquet
+from cifar_samples import write_images
 from torch import Tensor, nn
 
 from hf_vdneuron.chains import find_chain_sublayers
@@ -29,21 +25,6 @@ CPU = torch.device("cpu")
 WIDTH = 1 / 32
 NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 40, 20, 10
 REAL_IMAGES = Path(__file__).parents[2] / "shared" / "data" / "image" / "cifar10_jpeg"
-
-
-def picture(index: int, label: int) -> np.ndarray:
-    """Draw an image that no other resembles, whose brightness tells its class."""
-    noise = np.random.RandomState(index).randint(0, 16, (32, 32, 3))
-    return (noise + 23 * label).astype(np.uint8)
-
-
-def write_images(file: Path, numbers: range) -> None:
-    rows = []
-    for index in numbers:
-        encoded = io.BytesIO()
-        Image.fromarray(picture(index, index % 10)).save(encoded, format="png")
-        rows.append({"img": {"bytes": encoded.getvalue(), "path": None}, "label": index % 10})
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,123 @@
+"""`scripts/language_model.py`: a tiny Llama on a few words, and the real one where it is at hand."""
+
+import re
+from pathlib import Path
+
+import language_model
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vocabularies import sentences, small_tokenizer
+
+import hf_vdneuron
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+REAL_MODEL, REAL_TEXT = DATA / "weights" / "stories260K", DATA / "lm" / "tinyshakespeare.txt"
+
+needs_data = pytest.mark.skipif(
+    not (REAL_MODEL.exists() and REAL_TEXT.exists()), reason="stories260K and tinyshakespeare are not there"
+)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """Folder with a tiny model and its tokenizer, beside a text."""
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer("byte_level"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("\n".join(sentences() * 20), encoding="utf-8")
+    return tmp_path
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    values = {
+        "model_name_or_path": folder / "llama",
+        "text_file": folder / "text.txt",
+        "output_dir": folder / "out",
+        "block_length": 16,
+        "max_new_tokens": 4,
+        "max_steps": 12,
+        "logging_steps": 100,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "target_speedup": 1.5,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + [*more]
+
+
+def perplexities(table: str) -> dict[str, float]:
+    return {name: float(value) for name, value in re.findall(r"perplexity,? ([\w ,-]+?)  +([\d.]+)\n", table)}
+
+
+@pytest.mark.parametrize(("layout", "is_ordinary"), [("free", False), ("uniform", True)])
+def test_a_language_model_is_cut_scored_saved_and_writes(
+    layout: str, is_ordinary: bool, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    language_model.main(flags(llama, "--layout", layout, "--prompt", "the"))
+    printed = capsys.readouterr().out
+    found = perplexities(printed)
+    assert list(found) == ["pretrained", "fine-tuned", "right after the cut", "in the end"]
+    model = hf_vdneuron.from_pretrained(llama / "out")
+    assert (type(model) is LlamaForCausalLM) == is_ordinary
+    assert printed.rpartition("\n\n")[2].startswith("the")
+    tokenizer = AutoTokenizer.from_pretrained(llama / "llama")
+    arguments = language_model.TextArguments(str(llama / "llama"), llama / "text.txt", block_length=16)
+    _, held_out = language_model.read_blocks(arguments, tokenizer)
+    with torch.no_grad():
+        losses = [model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss for row in held_out]
+    assert found["in the end"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=2e-2)
+
+
+def test_nothing_of_the_held_out_text_is_trained_on(llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama / "llama")
+    arguments = language_model.TextArguments(str(llama / "llama"), llama / "text.txt", block_length=16)
+    train, held_out = language_model.read_blocks(arguments, tokenizer)
+    ids = torch.cat([row["input_ids"] for row in train + held_out])
+    text = tokenizer((llama / "text.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == text[: len(ids)]
+    assert len(text) - len(ids) < 16
+    assert len(held_out) == -(-len(train + held_out) // 10)
+
+
+def test_a_short_text_is_refused_in_one_line(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (llama / "text.txt").write_text("the", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        language_model.main(flags(llama))
+    assert re.fullmatch(
+        r"error: `text_file` has \d+ tokens: expected at least two blocks of 16\n", capsys.readouterr().err
+    )
+
+
+@needs_data
+def test_a_real_llama_stays_an_ordinary_one_and_writes_the_same_with_and_without_a_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sixty steps: far from trained, but far better than before, and worse only by what was cut."""
+    (tmp_path / "text.txt").write_text(REAL_TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    (tmp_path / "llama").symlink_to(REAL_MODEL)
+    more = ["--layout", "uniform", "--round_neurons_to", "4", "--max_steps", "60", "--learning_rate", "2e-3"]
+    language_model.main(flags(tmp_path, *more, "--prompt", "KING:"))
+    found = perplexities(capsys.readouterr().out)
+    assert found["fine-tuned"] < found["in the end"] < 0.8 * found["right after the cut"]
+    assert found["in the end"] < 0.5 * found["pretrained"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is LlamaForCausalLM
+    assert model.num_parameters() < 0.8 * AutoModelForCausalLM.from_pretrained(REAL_MODEL).num_parameters()
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("KING:", return_tensors="pt")
+    options = {"max_new_tokens": 30, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **options), model.generate(**prompt, **options, use_cache=False))
