@@ -1,0 +1,61 @@
+"""`scripts/real_size.py`: memory is that of the process, every step runs, and half of the units go."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import real_size
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_vdneuron.architectures import find_sublayers
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read where Linux says it")
+
+MEGABYTES = 64
+
+
+def test_memory_that_was_let_go_of_counts() -> None:
+    def work() -> None:
+        block = np.ones(MEGABYTES * 2**20, dtype=np.uint8)
+        assert block[-1] == 1
+        real_size.time.sleep(5 * real_size.INTERVAL)
+
+    cost = real_size.measure(work)
+    assert cost.bytes == pytest.approx(MEGABYTES * 2**20, rel=0.2)
+    assert cost.seconds >= 5 * real_size.INTERVAL
+
+
+def test_half_of_the_units_go_and_layers_differ() -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=8
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    mask = real_size.half(model)
+    assert [len(mask.kept_units(part)) for part in find_sublayers(model)] == [2, 5, 2, 5]
+    assert all(torch.equal(keep[0], torch.ones_like(keep[0])) for keep in mask.keep.values())
+
+
+def test_every_step_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+    }
+    real_size.main([f"--{name}={value}" for name, value in sizes.items()])
+    out = capsys.readouterr().out
+    steps = re.findall(r"^(\w[\w, ]+?)  +[\d.]+ s +-?[\d.]+ GB +-?[\d.]+x$", out, flags=re.MULTILINE)
+    assert steps == [
+        "build and save",
+        "load",
+        "load, patch and write",
+        "load, prune and save",
+        "load the pruned model",
+    ]
+    assert re.search(r"pruned 0\.00 GB \(0\.\d\dx\)", out)
+    assert re.search(r"takes \d+\.\d\d times as long", out)
