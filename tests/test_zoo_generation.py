@@ -25,7 +25,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "static_beams": {"num_beams": 2, "cache_implementation": "static", "disable_compile": True},
     "sampled": {"do_sample": True},
     "prompt_lookup": {"prompt_lookup_num_tokens": 2},
+    "assisted": {"assistant_model": None},  # the dense model: whoever drafts, the tokens are those of the other one
 }
+#: Ways that take one prompt at a time: the cache is cut back where the draft was wrong.
+DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 
 
 def write(model: PreTrainedModel, **options: Any) -> ModelOutput:
@@ -34,9 +37,7 @@ def write(model: PreTrainedModel, **options: Any) -> ModelOutput:
     del inputs["labels"]
     if "attention_mask" in inputs and not model.config.is_encoder_decoder:
         inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    if (
-        "prompt_lookup_num_tokens" in options
-    ):  # takes one prompt at a time; the cache is cut back where it guessed wrong
+    if not options.keys().isdisjoint(DRAFTING):
         inputs = {name: value[:1] for name, value in inputs.items()}
     torch.manual_seed(0)
     return model.generate(
@@ -62,10 +63,11 @@ def write(model: PreTrainedModel, **options: Any) -> ModelOutput:
 )
 def test_pruned_writes_what_masked_does(row: str, way: str) -> None:
     dense = zoo_model(row, "sdpa" if "sdpa" in attentions(row) else "eager")
+    options = WAYS[way] | ({"assistant_model": dense} if way == "assisted" else {})
     for name in ("first_empty", "last_empty", "all_empty"):
         mask = masks(dense)[name]
         masked = mask_model_(deepcopy(dense), mask)
-        expected = write(masked, **WAYS[way])
-        found = write(prune_model_(masked, mask), **WAYS[way])
+        expected = write(masked, **options)
+        found = write(prune_model_(masked, mask), **options)
         assert torch.equal(found.sequences, expected.sequences), name
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=TOLERANCE, rtol=0)
