@@ -7,6 +7,7 @@ exactness tests then work for it. `layouts` says what the words of a row mean.
 
 from dataclasses import replace
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -333,8 +334,8 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
 
     Raises:
         TypeError: If the model is neither.
-        ValueError: If its model type is not in the table and nothing was discovered in it, or its heads cannot be
-            removed exactly.
+        ValueError: If its model type is not in the table and nothing was discovered in it, it is built in another way
+            than the table says, or its heads cannot be removed exactly.
     """
     if isinstance(model, nn.Sequential):
         return find_chain_sublayers(model)
@@ -355,4 +356,11 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
         )
     prefix = model.base_model_prefix
     root = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    return [sublayer for stack in stacks for sublayer in stack.sublayers(model, root)]
+    try:
+        return [sublayer for stack in stacks for sublayer in stack.sublayers(model, root)]
+    except AttributeError as error:
+        raise ValueError(
+            f"transformers {transformers.__version__} builds models of type `{model.config.model_type}` in another "
+            f"way than the table of architectures knows ({error}). Expected transformers 5.23 or newer, or a row for "
+            "this version in `hf_vdneuron/architectures.py`."
+        ) from error

@@ -74,7 +74,7 @@ class AttentionLayout:
             ValueError: If its heads cannot be removed exactly.
         """
         core = f"{layer}.{self.core}"
-        if self.optional and not _has_module(model, core):
+        if self.optional and not _has_modules(model, core, f"{layer}.{self.output}"):
             return None
         columns, query, key, value = self._slices(model, layer)
         self._require_separable(model, core, query)
@@ -122,7 +122,7 @@ class AttentionLayout:
     def _extras(self, model: nn.Module, core: str, query: Slice, key: Slice) -> Iterator[Slice]:
         """List what else goes with a head, apart from the bias of its values."""
         for name in self.positions:
-            if _has_module(model, f"{core}.{name}"):
+            if _has_modules(model, f"{core}.{name}"):
                 yield Slice(f"{core}.{name}", Role.POSITION, Axis.OUT, query.size)
         for name, part in zip(self.norms or (), (query, key), strict=False):
             yield Slice(f"{core}.{name}", Role.NORM, Axis.OUT, part.size)
@@ -183,8 +183,7 @@ class FeedForwardLayout:
         Returns:
             The sub-layer, or None if the layer lacks it.
         """
-        ends = (f"{layer}.{path}" for path in (self.intermediate, self.output))
-        if self.optional and not all(_has_module(model, path) for path in ends):
+        if self.optional and not _has_modules(model, f"{layer}.{self.intermediate}", f"{layer}.{self.output}"):
             return None
         columns = Slice(f"{layer}.{self.output}", Role.OUTPUT, Axis.IN)
         num_units = _num_features(model, columns)
@@ -236,7 +235,7 @@ class ExpertsLayout:
             The sub-layer, or None if the layer lacks it.
         """
         path = f"{layer}.{self.experts}"
-        if self.optional and not _has_module(model, path):
+        if self.optional and not _has_modules(model, path):
             return None
         num_experts, _, per_expert = ExpertMatrix(model.get_submodule(path), DOWN).parameter.shape
         num_units = num_experts * per_expert
@@ -284,7 +283,7 @@ class Stack:
             The sub-layers, in the order of the forward pass.
         """
         first, *rest = f"{prefix}{self.layers}".split(".*.")
-        if self.optional and not _has_module(model, first):
+        if self.optional and not _has_modules(model, first):
             return
         for index, _ in model.get_submodule(first).named_children():
             repeats, positions = self._num_passes(model, int(index)), self.shrink ** -int(index)
@@ -322,10 +321,11 @@ def _num_features(model: nn.Module, part: Slice) -> int:
     return layer.weight.shape[feature_axis(layer, part.axis)]
 
 
-def _has_module(model: nn.Module, path: str) -> bool:
-    """Tell whether a model has a module, and not None in its place."""
+def _has_modules(model: nn.Module, *paths: str) -> bool:
+    """Tell whether a model has all these modules, and not None in the place of one."""
     try:
-        model.get_submodule(path)
+        for path in paths:
+            model.get_submodule(path)
     except AttributeError:
         return False
     return True

@@ -127,3 +127,11 @@ def test_search_changes_nothing() -> None:
     before = deepcopy(model.state_dict())
     find_sublayers(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_another_transformers_builds_otherwise_is_refused() -> None:
+    model = tiny_model("bert")
+    model.encoder.layer[0].intermediate.lower = model.encoder.layer[0].intermediate.dense
+    del model.encoder.layer[0].intermediate.dense
+    with pytest.raises(ValueError, match=r"builds models of type `bert` in another way.+has no attribute `dense`"):
+        find_sublayers(model)

@@ -7,7 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from models import randomised_
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -236,7 +238,15 @@ _IMAGES = {
 _SOUND = {"hubert": Row("hubert", _WAV2VEC2), "wav2vec2": Row("wav2vec2", _WAV2VEC2)}
 _PAIRS = {"clip": Row("clip", _CLIP), "siglip": Row("siglip", _CLIP)}
 
-ROWS: dict[str, Row] = {**_MASKED_LM, **_CAUSAL_LM, **_SEQ2SEQ_LM, **_SPEECH, **_IMAGES, **_SOUND, **_PAIRS}
+#: Rows that an older transformers builds in another way, and since when it does not.
+SINCE = {"dinov2": Version("5.23"), "dinov2_gated": Version("5.23")}
+INSTALLED = Version(transformers.__version__)
+
+ROWS: dict[str, Row] = {
+    name: row
+    for name, row in {**_MASKED_LM, **_CAUSAL_LM, **_SEQ2SEQ_LM, **_SPEECH, **_IMAGES, **_SOUND, **_PAIRS}.items()
+    if name not in SINCE or SINCE[name] <= INSTALLED
+}
 GENERATING = (*_CAUSAL_LM, *_SEQ2SEQ_LM, *_SPEECH)
 
 _AUTO_CLASSES = {
