@@ -244,6 +244,6 @@ def require_kl_gradient(model: nn.Module) -> None:
         if layer.kl is not None and layer.log_var.requires_grad and not layer.kl.requires_grad:
             raise RuntimeError(
                 f"The KL of layer `{name}` has no gradient: expected a forward that keeps its graph. If the model was "
-                "set to reentrant checkpointing, which drops it, set `use_reentrant=False` there, or leave it to "
-                "`activation_checkpointing=True` in the arguments."
+                "set to reentrant checkpointing, which drops it, set `use_reentrant=False` there, or leave it to the "
+                "arguments of the run."
             )

@@ -21,6 +21,11 @@ from hf_vdneuron.training_args import VDTrainingArguments
 
 Rows = list[dict[str, Tensor]]
 
+# What transformers calls it to recompute activations; before 5.23 it was "gradient checkpointing" everywhere.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
 NUM_ROWS, LENGTH, VOCABULARY = 48, 6, 20
 
 # Four steps of sparsification with these end some units and keep others.

@@ -12,7 +12,7 @@ import fsdp_run
 import pytest
 import sharded_step
 import torch
-from runs import PRUNING, rows, tiny_bert
+from runs import CHECKPOINTING, PRUNING, rows, tiny_bert
 from safetensors.torch import load_file
 
 from hf_vdneuron.patching import patch_model_
@@ -57,7 +57,7 @@ def alone(folder: Path, **options: Any) -> Seen:
 #: Heads whose loss is a mean over the examples of a part, and over the tokens of the whole step.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one-part": (1, {}),
-    "two-parts-checkpointed": (2, {"activation_checkpointing": True}),
+    "two-parts-checkpointed": (2, {CHECKPOINTING: True}),
     "tokens-in-two-parts": (2, {"language_model": True, "num_data": 288}),
 }
 
@@ -106,7 +106,7 @@ def test_ranks_agree_on_what_is_removed(tmp_path: Path, target: dict[str, float 
     """All phases, with noise, gradient accumulation and checkpointing on."""
     options = {**target, "noise": True, "step": 0, "per_device_train_batch_size": 2}
     first, second = launch(
-        tmp_path, gradient_accumulation_steps=2, activation_checkpointing=True, eval_strategy="no", **options
+        tmp_path, gradient_accumulation_steps=2, eval_strategy="no", **{CHECKPOINTING: True}, **options
     )
     removed = sum(int((~keep).sum()) for keep in first["kept"].values())
     assert 0 < removed < sum(keep.numel() for keep in first["kept"].values())

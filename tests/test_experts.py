@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import CHECKPOINTING
 from test_modeling_vdneuron_structure import refuse, skeleton
 from test_zoo import TOLERANCE
 from torch import Tensor, nn
@@ -397,7 +398,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         model = patch_model_(zoo_model("mixtral")).train()
         set_variational_(model, noise=True, collect_kl=True)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            getattr(model, f"{CHECKPOINTING}_enable")()
         torch.manual_seed(0)
         loss = model(**zoo_batch(model), use_cache=False).loss
         (loss + 1e-3 * kl_divergence(model)).backward()

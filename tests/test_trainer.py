@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from runs import (
+    CHECKPOINTING,
     FINETUNE_ONLY,
     LENGTH,
     NUM_ROWS,
@@ -393,10 +394,8 @@ def test_best_model_and_early_stopping_count_only_recovery(tmp_path: Path) -> No
     "options",
     [
         pytest.param({"bf16": True}, id="bf16-autocast"),
-        pytest.param({"activation_checkpointing": True}, id="gradient-checkpointing"),
-        pytest.param(
-            {"activation_checkpointing": True, "gradient_accumulation_steps": 2}, id="checkpointing-accumulation"
-        ),
+        pytest.param({CHECKPOINTING: True}, id="gradient-checkpointing"),
+        pytest.param({CHECKPOINTING: True, "gradient_accumulation_steps": 2}, id="checkpointing-accumulation"),
         pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, id="torch-compile"),
     ],
 )
@@ -414,14 +413,15 @@ def test_ways_to_train(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_gradient_checkpointing_keeps_the_kl_gradient(tmp_path: Path) -> None:
     model = patch_model_(tiny_bert())
     plain = gradients(tmp_path, model, 2, rows())
-    checkpointed = gradients(tmp_path, model, 2, rows(), activation_checkpointing=True)
+    checkpointed = gradients(tmp_path, model, 2, rows(), **{CHECKPOINTING: True})
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_reentrant_checkpointing_of_the_model_itself_is_refused(tmp_path: Path) -> None:
     model = tiny_bert()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    enable = getattr(model, f"{CHECKPOINTING}_enable")
+    enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}})
     trainer = make_trainer(tmp_path, model, finetune_fraction=0)
     with pytest.raises(RuntimeError, match=r"has no gradient.*`use_reentrant=False`"):
         trainer.train()

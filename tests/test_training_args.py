@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import CHECKPOINTING
 from transformers import HfArgumentParser
 
 from hf_vdneuron.config import VDConfig
@@ -75,7 +76,7 @@ def test_defaults_divide_a_run(tmp_path: Path, options: dict[str, Any], plan: Ph
         ),
         ({"lr_scheduler_type": "polynomial"}, "`lr_scheduler_type` is `polynomial`"),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
             "use_reentrant=True",
         ),
     ],

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from strangers import WITHOUT_THE_PACKAGE
 from test_persistence import state
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
-from zoo import ROWS, answer, auto_class, logits, masks, zoo_batch, zoo_model
+from zoo import INSTALLED, ROWS, answer, auto_class, logits, masks, zoo_batch, zoo_model
 
 import hf_vdneuron
 from hf_vdneuron import allow_plain_loading_, prune_model_
@@ -118,6 +119,8 @@ def test_bfloat16(row: str, folder: Path) -> None:
     }
     # DeBERTa keeps two biases in float32, and then cannot run, pruned or not.
     wide = {name for name, value in loaded.named_parameters() if value.dtype is not torch.bfloat16}
+    if wide and Version("5.23") > INSTALLED:
+        pytest.skip("this transformers leaves weights that it converts in float32 behind the third door")
     assert all(name.endswith(("q_bias", "v_bias")) for name in wide)
     if not wide:
         inputs = {name: narrow(value) for name, value in zoo_batch(loaded).items()}
