@@ -19,6 +19,7 @@ from hf_vdneuron.training_args import VDTrainingArguments
 __all__ = [
     "require_all_phases",
     "require_decision",
+    "require_every_layer",
     "require_examples",
     "require_kl_gradient",
     "require_known_patch",
@@ -29,6 +30,9 @@ __all__ = [
     "require_supported_sharding",
 ]
 
+
+#: Shares of layers that are left out in a training step, as configs call them.
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 #: Stage of DeepSpeed's ZeRO that spreads the parameters themselves.
 ZERO_STAGE_OF_PARAMETERS = 3
@@ -52,6 +56,24 @@ def require_no_scheduler(optimizers: tuple[object, object] | None) -> None:
             f"`optimizers` brings a `{type(scheduler).__name__}`: expected `(optimizer, None)`, as each phase has its "
             "own warm-up and decay. Choose them with `warmup_steps` and `lr_scheduler_type`."
         )
+
+
+def require_every_layer(model: nn.Module) -> None:
+    """Refuse a model that leaves out whole layers in training at random, whose KL a step would then miss.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If its config says so.
+    """
+    config = getattr(model, "config", None)
+    for name in _LAYER_DROPS:
+        if getattr(config, name, 0):
+            raise ValueError(
+                f"`{name}` is {getattr(config, name)} in the config of the model, which leaves layers out in some "
+                f"steps, and their part of the bound with them: expected 0. Set `model.config.{name} = 0`."
+            )
 
 
 def require_one_process_per_device(args: VDTrainingArguments) -> None:

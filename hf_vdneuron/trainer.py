@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 from hf_vdneuron.architectures import is_supported
 from hf_vdneuron.checks import (
     require_decision,
+    require_every_layer,
     require_examples,
     require_kl_gradient,
     require_known_patch,
@@ -120,8 +121,8 @@ class VDTrainer(JudgingTrainer):
         is_trained = args.fractions[Phase.SPARSIFY] > 0
         if args.removes and (args.tolerance is not None or not is_trained):
             require_known_patch(self.vd_config)
-        if is_trained and self.train_dataset is not None:
-            self.num_data  # noqa: B018  # refuses data of unknown length
+        if is_trained:
+            self._require_trainable_posterior()
 
     def call_model_init(self, trial: Trial | None = None) -> PreTrainedModel:
         """Make a fresh model and patch it.
@@ -139,6 +140,11 @@ class VDTrainer(JudgingTrainer):
             self.vd_config = None
             return model
         return patch_model_(model, self.vd_config)
+
+    def _require_trainable_posterior(self) -> None:
+        require_every_layer(self.model)
+        if self.train_dataset is not None:
+            self.num_data  # noqa: B018  # refuses data of unknown length
 
     def _discover_and_patch_(self) -> None:
         if self.train_dataset is not None:  # some of which shows where heads and neurons are

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_vdneuron.checks import (
     require_all_phases,
+    require_every_layer,
     require_examples,
     require_kl_gradient,
     require_no_scheduler,
@@ -175,3 +176,12 @@ def test_a_kl_without_a_gradient_is_found_in_any_layer() -> None:
         require_kl_gradient(model)
     layer.log_var.requires_grad_(False)
     require_kl_gradient(model)
+
+
+@pytest.mark.parametrize("name", ["layerdrop", "encoder_layerdrop", "decoder_layerdrop"])
+def test_layers_that_are_left_out_at_random_are_refused(name: str) -> None:
+    model = tiny_bert()
+    require_every_layer(model)
+    setattr(model.config, name, 0.1)
+    with pytest.raises(ValueError, match=rf"`{name}` is 0.1 .*Set `model.config.{name} = 0`"):
+        require_every_layer(model)

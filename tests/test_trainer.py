@@ -46,7 +46,7 @@ from hf_vdneuron.elbo import num_weights, variational_layers
 from hf_vdneuron.functional import gaussian_kl
 from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
-from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.patching import patch_model_, unpatch_model_
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase, default_kl_weight
 from hf_vdneuron.trainer import VDTrainer
@@ -425,6 +425,14 @@ def test_reentrant_checkpointing_of_the_model_itself_is_refused(tmp_path: Path) 
     trainer = make_trainer(tmp_path, model, finetune_fraction=0)
     with pytest.raises(RuntimeError, match=r"has no gradient.*`use_reentrant=False`"):
         trainer.train()
+
+
+def test_layers_are_left_out_only_where_no_posterior_is_trained(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.config.layerdrop = 0.1
+    with pytest.raises(ValueError, match=r"`layerdrop` is 0\.1"):
+        make_trainer(tmp_path, model)
+    make_trainer(tmp_path, unpatch_model_(model), target_speedup=1.5, sparsify_fraction=0.0)
 
 
 def test_prune_keeps_the_score(tmp_path: Path) -> None:
