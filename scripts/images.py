@@ -59,7 +59,7 @@ class Settings:
     """What all runs of a table share."""
 
     target_speedup: float = field(default=2.0, metadata={"help": "Speed-up of heads, neurons and channels."})
-    num_images: int = field(default=10_000, metadata={"help": "Training images."})
+    num_images: int = field(default=5_000, metadata={"help": "Training images."})
     epochs: int = field(default=8, metadata={"help": "Epochs of the whole run: fine-tuning, then recovery."})
     finetune_fraction: float = field(default=0.6, metadata={"help": "Share of fine-tuning in them."})
 
