@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from hf_vdneuron.exactness import tensors_in
+from hf_vdneuron.exactness import run_alike, tensors_in
 from hf_vdneuron.layers import DenseLayer, feature_axis
 from hf_vdneuron.sublayers import Axis
 
@@ -45,6 +45,7 @@ def randomised_twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     twin = deepcopy(model).float().eval().requires_grad_(True)
     twin.set_attn_implementation("eager")
+    twin.config.output_attentions = False
     for module in list(twin.modules()):
         # What is off for all examples depends on nothing.
         smooth = {name: nn.SiLU() for name, child in module.named_children() if isinstance(child, nn.ReLU | nn.ReLU6)}
@@ -87,7 +88,7 @@ class Dependence:
         with ExitStack() as hooks:
             for path, layer in self.layers.items():
                 hooks.enter_context(_before(layer, partial(self._note_, path)))
-            self.model(**self._inputs)
+            run_alike(self.model, self._inputs)
 
     def _note_(self, path: str, args: tuple[Any, ...]) -> None:
         self.read.setdefault(path, []).append(args[0])
@@ -192,7 +193,7 @@ class Dependence:
                 if path not in between:
                     hooks.enter_context(_before(layer, lambda args: seen.append(args[0])))
             hooks.enter_context(_before(self.layers[reader], lambda args: (args[0].detach(), *args[1:])))
-            seen += tensors_in(self.model(**self._inputs))
+            seen += tensors_in(run_alike(self.model, self._inputs))
         signal = self._project(value for value in seen if value.requires_grad)
         parameters = [self.model.get_parameter(name) for name in makers]
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(signal, parameters, allow_unused=True)

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_vdneuron.architectures import ARCHITECTURES
 from hf_vdneuron.dependence import Dependence, randomised_twin
 from hf_vdneuron.discovered import Discovery, remember_
 from hf_vdneuron.elbo import variational_layers
@@ -41,7 +43,8 @@ def discover(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Sublayer
     half of the units or all of a block removed, the pruned model has to say what the masked one says.
 
     Args:
-        model: A dense model; nothing else about it changes. A row in the table of architectures makes this needless.
+        model: A dense model of a type without a row in the table of architectures; nothing else about it changes. It
+            keeps the inputs too, to try removals with.
         inputs: Keyword arguments of its forward pass, on its device; two examples are enough.
 
     Returns:
@@ -49,19 +52,22 @@ def discover(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Sublayer
 
     Raises:
         TypeError: If it is not a transformers model.
-        ValueError: If it is patched, cannot run on the inputs, or nothing is found.
+        ValueError: If it is patched, its type has a row already, it cannot run on the inputs, or nothing is found.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Cannot look into a `{type(model).__name__}`: expected a transformers model.")
     if variational_layers(model):
         raise ValueError("The model is patched already: expected a dense one. Call `unpatch_model_` first.")
-    twin = randomised_twin(model)
-    _require_runs(twin, inputs)
-    try:
-        found = probe_sublayers(Dependence(twin, inputs))
-    except RuntimeError as error:  # from autograd
-        raise ValueError(f"`{type(model).__name__}` cannot be looked into, as it has no gradients: {error}") from error
-    exact = _exact(twin, found, inputs)
+    if model.config.model_type in ARCHITECTURES:
+        raise ValueError(
+            f"Model type `{model.config.model_type}` has a row in the table of architectures: expected a type without "
+            "one. There is nothing to discover."
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        twin = randomised_twin(model)
+        found = _probe(twin, inputs)
+        exact = _exact(twin, [part for part in found if _lies_in_base(model, part)], inputs)
     if not exact:
         raise ValueError(_nothing(model, found))
     remember_(model, Discovery(tuple(exact), dict(inputs)))
@@ -76,14 +82,38 @@ def few_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: Keyword arguments of a forward pass.
 
     Returns:
-        The same, with `NUM_EXAMPLES` rows of each tensor.
+        The same, with `NUM_EXAMPLES` entries of whatever has one for each example.
     """
-    return {name: value[:NUM_EXAMPLES] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+
+    def is_per_example(value: object) -> bool:
+        has_entries = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+        return has_entries and bool(sizes) and len(cast(Any, value)) == sizes[0]
+
+    return {name: value[:NUM_EXAMPLES] if is_per_example(value) else value for name, value in batch.items()}
+
+
+def _lies_in_base(model: PreTrainedModel, sublayer: Sublayer) -> bool:
+    """Tell whether all of a sub-layer is in the base model, whose sizes alone are saved with it."""
+    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return all(part.module.startswith(inside) for part in sublayer.slices)
+
+
+def _probe(twin: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Sublayer]:
+    _require_runs(twin, inputs)
+    try:
+        return probe_sublayers(Dependence(twin, inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # from autograd
+        raise ValueError(f"`{type(twin).__name__}` cannot be looked into, as it has no gradients: {error}") from error
 
 
 def _require_runs(twin: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     try:
         twin(**inputs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model says to inputs that it does not know
         raise ValueError(
             f"`{type(twin).__name__}` cannot run on these inputs ({error}): expected the keyword arguments of its "
@@ -99,7 +129,7 @@ Choice = Callable[[Sublayer], Tensor]
 
 def _some(sublayer: Sublayer) -> Tensor:
     """Keep about half of the units, not the first one, and the last one."""
-    random = torch.Generator().manual_seed(sublayer.num_units)
+    random = torch.Generator().manual_seed(crc32(sublayer.path.encode()))  # blocks lose different ones
     kept = torch.rand(sublayer.num_units, generator=random) > _REMOVED
     kept[0], kept[-1] = False, True
     return kept
@@ -123,20 +153,22 @@ def _exact(twin: PreTrainedModel, found: Sequence[Sublayer], inputs: Mapping[str
 
     if found and holds(found, _some) and holds(found, _none):
         return list(found)
-    exact = []
+    exact: dict[str, Sublayer] = {}
     for alike in _kinds(found):
         needing = [replace(part, minimum=max(1, part.minimum)) for part in alike]
-        if holds(alike, _some):
-            exact += alike if holds(alike, _none) else needing
-    chosen = {part.path: part for part in exact}
-    return [chosen[part.path] for part in found if part.path in chosen]
+        for some in (alike, needing):
+            if holds(some, _some) and holds(some, _none):
+                exact |= {part.path: part for part in some}
+                break
+    chosen = [exact[part.path] for part in found if part.path in exact]
+    return chosen if chosen and holds(chosen, _some) and holds(chosen, _none) else []
 
 
 def _kinds(sublayers: Iterable[Sublayer]) -> list[list[Sublayer]]:
     """Group the sub-layers that differ in the number of their layer only."""
-    kinds: dict[str, list[Sublayer]] = {}
+    kinds: dict[tuple[str, Unit], list[Sublayer]] = {}
     for part in sublayers:
-        kinds.setdefault(_kind(part), []).append(part)
+        kinds.setdefault((_kind(part), part.unit), []).append(part)
     return list(kinds.values())
 
 

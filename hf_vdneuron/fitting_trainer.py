@@ -6,11 +6,12 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather, reduce
+from accelerate.utils import broadcast_object_list, gather, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from hf_vdneuron.curvature import Curvature, estimate_curvature
+from hf_vdneuron.discovery import few_rows
 from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.resumable_trainer import ResumableTrainer
@@ -41,6 +42,15 @@ class FittingTrainer(ResumableTrainer):
         curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
         return closed_form_evidence(posterior, curvature)
 
+    def example_inputs(self) -> dict[str, Any]:
+        """Read a few training examples, the same on every process, so that all find the same in a model.
+
+        Returns:
+            Keyword arguments of a forward pass.
+        """
+        (inputs,) = broadcast_object_list([few_rows(next(self._examples()))])
+        return cast(dict[str, Any], self._prepare_inputs(inputs))
+
     def _examples(self) -> Iterator[Mapping[str, Any]]:
         """Read the same training examples each time, drawn at random where they can be."""
         data = cast(Any, self.train_dataset)
@@ -49,7 +59,13 @@ class FittingTrainer(ResumableTrainer):
             data = Subset(cast(Any, data), order[:NUM_EXAMPLES].tolist())
         else:
             data = list(islice(data, NUM_EXAMPLES))
-        for batch in self.get_eval_dataloader(data):
+        # The Trainer keeps a loader whose workers live on, and would evaluate on its rows.
+        persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
+        try:
+            loader = self.get_eval_dataloader(data)
+        finally:
+            self.args.dataloader_persistent_workers = persistent
+        for batch in loader:
             yield cast(dict[str, Any], self._prepare_inputs(batch))
 
     def _loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -170,9 +170,13 @@ def _numbers(num_units: int) -> list[int]:
 def _keep_first(model: PreTrainedModel, kept: Mapping[Unit, int]) -> RelevanceMask:
     """Keep the first units of every sub-layer; which they are does not change the time."""
     return RelevanceMask({
-        part.path: (torch.arange(part.num_units // part.num_experts) < kept[part.unit] / part.num_experts)
+        part.path: (torch.arange(part.num_units // part.num_experts) < _num_kept(part, kept) / part.num_experts)
         .repeat(part.num_experts)
         .expand(len(part.sides), -1)
         .clone()
         for part in find_sublayers(model)
     })
+
+
+def _num_kept(sublayer: Sublayer, kept: Mapping[Unit, int]) -> int:
+    return max(kept[sublayer.unit], sublayer.minimum)

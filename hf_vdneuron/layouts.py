@@ -190,6 +190,7 @@ class FeedForwardLayout:
         offset = num_units if self.gate == self.intermediate else 0
         rows = Slice(f"{layer}.{self.intermediate}", Role.INTERMEDIATE, Axis.OUT, offset=offset)
         between = ((self.gate, Role.GATE), (self.depthwise, Role.DEPTHWISE), (self.norm, Role.NORM))
+        varies = self.gate or self.depthwise or self.norm
         is_map = self.depthwise is not None or isinstance(dense_layer(model, rows.module), nn.Conv1d | nn.Conv2d)
         return Sublayer(
             path=f"{layer}.{self.name}",
@@ -199,7 +200,7 @@ class FeedForwardLayout:
             companions=tuple(Slice(f"{layer}.{path}", role, Axis.OUT) for path, role in between if path),
             activations=(f"{layer}.{self.activation}",) if self.activation else (),
             # A bias of a gated neuron is multiplied by a gate that varies: no constant.
-            foldable=not (self.gate or self.depthwise) and dense_layer(model, columns.module).bias is not None,
+            foldable=not varies and dense_layer(model, columns.module).bias is not None,
             minimum=int(is_map),  # PyTorch cannot run a convolution without channels
         )
 

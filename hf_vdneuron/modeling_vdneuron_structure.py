@@ -142,7 +142,7 @@ class PrunedStructure:
             {
                 path: tuple(module.get_parameter("weight").shape)
                 for path, module in modules.items()
-                if is_matrix(module) or isinstance(module, _CHANNEL_NORMS)
+                if is_matrix(module) or (isinstance(module, _CHANNEL_NORMS) and module.weight is not None)
             }
             | {name: tuple(value.shape) for name, value in vectors.items()},
             {path: {name: vars(modules[path])[name] for name in names} for path, names in counted.items() if names},

@@ -105,7 +105,9 @@ def sparsify(
     if not (isfinite(value) and value > 0):
         raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
     dense, batches = deepcopy(model).eval(), list(calibration_data)
-    if not is_supported(dense) and batches:
+    if not batches:
+        raise ValueError("`calibration_data` holds no batch: expected some training examples, with labels.")
+    if not is_supported(dense):
         discover(dense, few_rows(batches[0]))
     budget = BUDGETS[name](Costs(dense, length=max_length), value)
     mask = closed_form_mask(dense, batches, budget, vd_config=vd_config, alignment=alignment)

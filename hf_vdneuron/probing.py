@@ -36,7 +36,9 @@ def probe_sublayers(dependence: Dependence) -> list[Sublayer]:
     """
     candidates = (_heads(dependence, reader) or _neurons(dependence, reader) for reader in dependence.read)
     found = [part for part in candidates if part is not None and _can_go(dependence, part)]
-    first = dependence.num_positions(found[0].path) if found else 1
+    if not found or dependence.model.main_input_name != "pixel_values":  # lengths of texts are those of an example
+        return found
+    first = dependence.num_positions(found[0].path)
     return [replace(part, positions=dependence.num_positions(part.path) / first) for part in found]
 
 

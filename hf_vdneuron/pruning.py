@@ -8,7 +8,7 @@ plain torch layers and is an ordinary model of smaller sizes.
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.discovered import Discovery, remembered
-from hf_vdneuron.exactness import agree, tensors_in
+from hf_vdneuron.exactness import agree, run_alike, tensors_in
 from hf_vdneuron.experts import ExpertMatrix, find_module
 from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
@@ -68,12 +68,18 @@ def prunes_exactly(model: PreTrainedModel, mask: RelevanceMask, inputs: Mapping[
 
     Returns:
         Whether the pruned model runs and all its outputs, in float32, are those of the masked one.
+
+    Raises:
+        OutOfMemoryError: If there is none for it.
     """
-    trial = unpatch_model_(mask_model_(deepcopy(model), mask)).float().eval()
-    masked = [value.clone() for value in tensors_in(trial(**inputs))]
+    trial = cast(PreTrainedModel, unpatch_model_(mask_model_(deepcopy(model), mask)).float().eval())
+    trial.config.output_attentions = False  # which are those of the heads left
+    masked = [value.clone() for value in tensors_in(run_alike(trial, inputs))]
     try:
-        pruned = _cut_units_(trial, mask)(**inputs)
+        pruned = run_alike(_cut_units_(trial, mask), inputs)
         return agree(tensors_in(pruned), masked)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a model does that was cut where it cannot be
         return False
 

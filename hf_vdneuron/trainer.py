@@ -22,7 +22,7 @@ from hf_vdneuron.checks import (
     require_supported_sharding,
 )
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.discovery import discover, few_rows
+from hf_vdneuron.discovery import discover
 from hf_vdneuron.distillation import (
     Teacher,
     distillation_loss,
@@ -65,19 +65,17 @@ class VDTrainer(JudgingTrainer):
     then, from gradients on some training examples.
 
     Args:
-        model: Model to train. A dense one is patched in place. If its type has no row in the table of architectures,
-            its heads and neurons are looked for first, on some training examples.
+        model: Model to train; a dense one is patched in place, of an unknown type once some examples were looked at.
         args: Arguments of the run.
         vd_config: How to patch, for a model that is not patched yet.
-        teacher: Dense model whose logits, and hidden states if asked for, are the targets; by default the model itself
-            as fine-tuned.
+        teacher: Dense model whose logits, and hidden states if asked for, are targets; by default the fine-tuned model.
         max_length: Tokens of a sequence for which a speed-up is asked and logged.
         **kwargs: Whatever `Trainer` takes. `optimizers` can bring an optimizer, but no scheduler.
 
     Raises:
         ValueError: If the arguments are of the wrong class, a patched model comes with a config, the optimizer with a
-            scheduler, the data without a length, a tolerance without data to judge by, or the run with a parallelism
-            that loses the KL; or if there is nothing to remove in the model.
+            scheduler, the data without a length, a tolerance without data to judge by, the run with a parallelism that
+            loses the KL, or the model without anything to remove.
     """
 
     args: VDTrainingArguments
@@ -147,8 +145,8 @@ class VDTrainer(JudgingTrainer):
             self.num_data  # noqa: B018  # refuses data of unknown length
 
     def _discover_and_patch_(self) -> None:
-        if self.train_dataset is not None:  # some of which shows where heads and neurons are
-            discover(self.model, few_rows(next(self._examples())))
+        if self.train_dataset is not None:
+            discover(self.model, self.example_inputs())
         self._patch_(self.model)
 
     @property

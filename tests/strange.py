@@ -49,6 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 4},
     "codegen": {**_GPT, "rotary_dim": 4},
     "dinov3_vit": _IMAGES,
+    "vit_mae": {**_IMAGES, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 24},
     "wavlm": _SOUND,
     "xlm": _XLM,
     "rwkv": {**_TEXT, "attention_hidden_size": 16},

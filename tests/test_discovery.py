@@ -17,6 +17,7 @@ from hf_vdneuron import VDConfig, discover, find_sublayers, from_pretrained, pat
 from hf_vdneuron.budget import Costs, unit_counts
 from hf_vdneuron.dependence import Dependence, randomised_twin
 from hf_vdneuron.discovered import Discovery, remember_, remembered
+from hf_vdneuron.discovery import few_rows
 from hf_vdneuron.exactness import tensors_in
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.probing import probe_sublayers
@@ -105,8 +106,8 @@ def test_probing_finds_what_the_table_says(row: str) -> None:
         probed = found[part.out_side.slices[0].module]
         for name in ("unit", "num_units", "attention", "repeats"):
             assert getattr(probed, name) == getattr(part, name), name
-        for one, other in ((probed.sides[0].slices[0], part.sides[0].slices[0]), (probed.out_side.slices[0],) * 2):
-            assert features(probed, one) == features(part, other)
+        for one, other in zip(probed.sides, part.sides, strict=True):
+            assert features(probed, one.slices[0]) == features(part, other.slices[0])
         assert {features(probed, one) for one in probed.slices} == {features(part, one) for one in part.slices}
         assert set(probed.attributes) == set(part.attributes)
 
@@ -132,7 +133,7 @@ def test_heads_and_neurons_are_found(model_type: str) -> None:
     heads, neurons, minimum = STRANGE[model_type]
     assert [part.num_units for part in found if part.unit is Unit.HEAD] == heads
     assert [part.num_units for part in found if part.unit is Unit.NEURON] == neurons
-    assert {part.minimum for part in found if part.unit is Unit.HEAD} <= {minimum}
+    assert [part.minimum for part in found if part.unit is Unit.HEAD] == [minimum] * len(heads)
     assert find_sublayers(model) == found
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -202,6 +203,54 @@ def test_one_shot_discovers_by_itself() -> None:
     assert remembered(dense) is None
 
 
+def test_units_of_a_head_stay_as_its_sizes_are_not_saved(tmp_path: Path) -> None:
+    """What the pooler makes and the classifier reads could go, and then nothing would load."""
+    model = ernie().eval()
+    batch = {"input_ids": torch.stack([row["input_ids"] for row in rows()[:2]])}
+    mask = random_mask(discover(model, batch))
+    assert all(path.startswith("ernie.encoder.") for path in mask.keep)
+    prune_model_(model, mask).save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+
+
+def test_what_surrounds_a_discovery_changes_nothing() -> None:
+    model = strange_model("ernie")
+    expected = discover(model, strange_batch(model))
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert discover(model, strange_batch(model)) == expected
+    with torch.inference_mode():
+        assert discover(model, strange_batch(model)) == expected
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_a_model_that_draws_noise_in_evaluation_is_looked_into() -> None:
+    model = strange_model("vit_mae")
+    assert len(discover(model, strange_batch(model))) > 0
+
+
+def test_the_trainer_evaluates_on_its_own_rows(tmp_path: Path) -> None:
+    options = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    trainer = make_trainer(tmp_path, ernie(), trainer_options={"eval_dataset": rows()[:3]}, **options)
+    assert len(trainer.get_eval_dataloader().dataset) == 3
+
+
+def test_few_rows_are_those_of_the_first_examples() -> None:
+    batch = {
+        "input_ids": torch.ones(4, 3),
+        "labels": [1, 2, 3, 4],
+        "scale": torch.tensor(2.0),
+        "positions": torch.ones(3),
+    }
+    few = few_rows(batch)
+    assert [few["input_ids"].shape, few["labels"], few["scale"].ndim] == [(2, 3), [1, 2], 0]
+    assert few["positions"].shape == (3,)
+
+
 # ---- Refused ----
 
 
@@ -221,6 +270,11 @@ def test_nothing_to_remove_is_said(model_type: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         discover(model, strange_batch(model))
     assert remembered(model) is None
+
+
+def test_a_type_with_a_row_needs_no_discovery() -> None:
+    with pytest.raises(ValueError, match="Model type `bert` has a row in the table"):
+        discover(zoo_model("bert"), zoo_batch(zoo_model("bert")))
 
 
 def test_inputs_that_do_not_fit_are_named() -> None:

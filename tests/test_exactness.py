@@ -27,5 +27,12 @@ def test_agreement_is_relative_to_the_largest_value(other: torch.Tensor, expecte
     assert agree([torch.tensor([100.0, 0.0])], [other]) is expected
 
 
+def test_fills_hide_nothing() -> None:
+    never = torch.finfo(torch.float32).min
+    assert agree([torch.tensor([1.0, never])], [torch.tensor([1.0, never])])
+    assert not agree([torch.tensor([1.0, never])], [torch.tensor([1.1, never])])
+    assert not agree([torch.tensor([1.0, 0.0])], [torch.tensor([1.0, never])])
+
+
 def test_nothing_agrees_with_nothing() -> None:
     assert agree([torch.zeros(0)], [torch.zeros(0)])

@@ -6,8 +6,10 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+import torch
 from models import HEADS, LAYERS, NEURONS, tiny_model
 from torch import nn
+from zoo import zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, body_cost, unit_counts
@@ -109,3 +111,8 @@ def test_a_table_is_of_what_it_was_measured_on() -> None:
     assert not table.is_of(model, batch_size=1, length=5)
     assert not table.is_of(model.bfloat16(), batch_size=1, length=6)
     assert not TABLE.is_of(model.float(), batch_size=1, length=6)
+
+
+def test_blocks_that_cannot_run_empty_are_timed_with_what_they_need() -> None:
+    table = measure_latency_table(zoo_model("resnet_basic"), {"pixel_values": torch.ones(1, 3, 32, 32)})
+    assert table.units[Unit.NEURON][-1] == 16
