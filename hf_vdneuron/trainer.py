@@ -68,7 +68,7 @@ class VDTrainer(JudgingTrainer):
         model: Model to train; a dense one is patched in place, of an unknown type once some examples were looked at.
         args: Arguments of the run.
         vd_config: How to patch, for a model that is not patched yet.
-        teacher: Dense model whose logits, and hidden states if asked for, are targets; by default the fine-tuned model.
+        teacher: Dense model whose logits, and hidden states if asked for, are targets; by default the fine-tuned one.
         max_length: Tokens of a sequence for which a speed-up is asked and logged.
         **kwargs: Whatever `Trainer` takes. `optimizers` can bring an optimizer, but no scheduler.
 
