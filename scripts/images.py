@@ -13,14 +13,14 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.chain_runs import finish, spread
 from benchmarks.cifar10 import NUM_CLASSES, Images, augment, load_images
+from benchmarks.jobs import finish, job_of, spread
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, EvalPrediction, PreTrainedModel, set_seed
@@ -99,7 +99,7 @@ class Run(Job):
     @property
     def job(self) -> Job:
         """What was to be done."""
-        return Job(**{known.name: getattr(self, known.name) for known in fields(Job)})
+        return job_of(self, Job)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ def run(job: Job, data: Images, *, use_cpu: bool) -> Run:
     score = trainer.evaluate()["eval_accuracy"]
     milestones = [trainer.milestone(f"{name}_accuracy") or math.nan for name in ("dense", "cut")]
     return Run(
-        **{known.name: getattr(job, known.name) for known in fields(Job)},
+        **asdict(job),
         dense_accuracy=milestones[0],
         accuracy_after_cut=milestones[1],
         accuracy=score,
@@ -267,11 +267,10 @@ def main(argv: list[str]) -> None:
     """
     arguments, settings = parse_args((Arguments, Settings), argv, description=__doc__)
     data = load_images(arguments.data_dir, settings.num_images, validate=False, device=torch.device("cpu"))
-    shared = {known.name: getattr(settings, known.name) for known in fields(Settings)}
     work = partial(run, data=data, use_cpu=arguments.use_cpu)
     rows = []
     for model_type in arguments.model_types:
-        jobs = [Job(model_type=model_type, seed=seed, **shared) for seed in arguments.seeds]
+        jobs = [Job(model_type=model_type, seed=seed, **asdict(settings)) for seed in arguments.seeds]
         runs = finish(arguments.results_file, jobs, work, Run)
         cells = [
             spread([getattr(one, name) for one in runs])

@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,11 @@ from benchmarks.chain_runs import (
     PRIORS,
     Course,
     accuracy,
-    finish,
-    spread,
     train_dense_,
     train_variational_,
     units_kept,
 )
+from benchmarks.jobs import finish, job_of, spread
 from torch import Tensor, nn
 
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
@@ -80,7 +79,7 @@ class Run(Job):
     @property
     def job(self) -> Job:
         """What was to be done."""
-        return Job(**{known.name: getattr(self, known.name) for known in fields(Job)})
+        return job_of(self, Job)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-import hf_vdneuron
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.cli import check_counts, one_line_errors, parse_args, print_table
 from hf_vdneuron.latency import measure_latency
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.pruning import prune_model_
 
 
@@ -163,7 +163,7 @@ def patch(folder: Path) -> Cost:
 
     @torch.no_grad()
     def work() -> None:
-        for parameter in patch_model_(load(folder)).parameters():
+        for parameter in patch_model_(from_pretrained(folder)).parameters():
             parameter.mul_(1)  # until then a weight is a page of the file
 
     return measure(work)
@@ -181,15 +181,15 @@ def prune(folder: Path, pruned: Path) -> Cost:
     """
 
     def work() -> None:
-        model = load(folder)
+        model = from_pretrained(folder)
         prune_model_(model, half(model))
         model.save_pretrained(pruned)
 
     return measure(work)
 
 
-def load_only(folder: Path) -> Cost:
-    """Load a model.
+def load(folder: Path) -> Cost:
+    """Load a model, pruned or not.
 
     Args:
         folder: Where it lies.
@@ -197,19 +197,7 @@ def load_only(folder: Path) -> Cost:
     Returns:
         What that took.
     """
-    return measure(lambda: load(folder))
-
-
-def load(folder: Path) -> PreTrainedModel:
-    """Load a model, pruned or not.
-
-    Args:
-        folder: Where it lies.
-
-    Returns:
-        The model.
-    """
-    return hf_vdneuron.from_pretrained(folder)
+    return measure(lambda: from_pretrained(folder))
 
 
 def size(folder: Path) -> int:
@@ -244,7 +232,7 @@ def forward_ratio(sizes: Sizes, pruned: Path) -> float:
         },
         tie_word_embeddings=True,
     )
-    models = {"dense": AutoModelForCausalLM.from_config(small), "pruned": load(pruned)}
+    models = {"dense": AutoModelForCausalLM.from_config(small), "pruned": from_pretrained(pruned)}
     inputs = {"input_ids": torch.ones(1, NUM_TOKENS, dtype=torch.long)}
     seconds = measure_latency(models, inputs)
     return seconds["pruned"] / seconds["dense"]
@@ -267,10 +255,10 @@ def main(argv: list[str]) -> None:
 
         costs = {
             "build and save": alone(build, sizes, dense),
-            "load": alone(load_only, dense),
+            "load": alone(load, dense),
             "load, patch and write": alone(patch, dense),
             "load, prune and save": alone(prune, dense, pruned),
-            "load the pruned model": alone(load_only, pruned),
+            "load the pruned model": alone(load, pruned),
         }
         whole, left = size(dense), size(pruned)
         ratio = forward_ratio(sizes, pruned)

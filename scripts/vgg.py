@@ -13,7 +13,7 @@ may share the file; give each its own seeds or priors.
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,14 +26,12 @@ from benchmarks.chain_runs import (
     PRIORS,
     Course,
     accuracy,
-    finish,
-    read_runs,
-    spread,
     train_dense_,
     train_variational_,
     units_kept,
 )
 from benchmarks.cifar10 import NUM_CLASSES, NUM_COLOURS, Images, augment, load_images
+from benchmarks.jobs import finish, job_of, read_runs, spread
 from torch import Tensor, nn
 
 from hf_vdneuron.cli import choose_device, one_line_errors, parse_args, print_table
@@ -112,7 +110,7 @@ class Run(Job):
     @property
     def job(self) -> Job:
         """What was to be done."""
-        return Job(**{known.name: getattr(self, known.name) for known in fields(Job)})
+        return job_of(self, Job)
 
 
 @dataclass(frozen=True, kw_only=True)

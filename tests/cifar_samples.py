@@ -23,3 +23,10 @@ def write_images(file: Path, numbers: range) -> None:
         Image.fromarray(picture(index, index % 10)).save(encoded, format="png")
         rows.append({"img": {"bytes": encoded.getvalue(), "path": None}, "label": index % 10})
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def write_folder(folder: Path, num_train: int, num_test: int) -> Path:
+    """Write training and test images, none of them twice."""
+    write_images(folder / "train.parquet", range(num_train))
+    write_images(folder / "test.parquet", range(num_train, num_train + num_test))
+    return folder

@@ -6,40 +6,18 @@ import torch
 from models import randomised_
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from zoo import GROUPED, SOUND, TEXT, VOCABULARY
 
 
-VOCABULARY = 40
-
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-}
-_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 4}
+_TWO_LAYERS = {"num_hidden_layers": 2}
+_TEXT, _GROUPED, _SOUND = ({**sizes, **_TWO_LAYERS} for sizes in (TEXT, GROUPED, SOUND))
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "eos_token_id": 1}
 _IMAGES = {**_TEXT, "image_size": 16, "patch_size": 4}
-_SOUND = {
-    **_TEXT,
-    "conv_dim": [8, 8],
-    "conv_kernel": [4, 4],
-    "conv_stride": [2, 2],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "mask_time_prob": 0.0,
-    "layerdrop": 0.0,
-}
 _XLM = {"vocab_size": VOCABULARY, "emb_dim": 16, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
 
 #: Type -> sizes of its config.
 SIZES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ernie", "esm", "roformer", "squeezebert", "biogpt"), _TEXT),
+    **dict.fromkeys(("ernie", "esm", "roformer", "biogpt"), _TEXT),
     "squeezebert": {
         **_TEXT,
         "embedding_size": 16,

@@ -7,7 +7,7 @@ from typing import Any
 import images
 import pytest
 import torch
-from cifar_samples import write_images
+from cifar_samples import write_folder
 
 from hf_vdneuron.architectures import find_sublayers
 
@@ -34,10 +34,7 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar10")
-    write_images(folder / "train.parquet", range(NUM_TRAIN))
-    write_images(folder / "test.parquet", range(NUM_TRAIN, NUM_TRAIN + NUM_TEST))
-    return folder
+    return write_folder(tmp_path_factory.mktemp("cifar10"), NUM_TRAIN, NUM_TEST)
 
 
 @pytest.fixture(autouse=True)

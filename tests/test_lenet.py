@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.chain_runs import append_run, read_runs
+from benchmarks.jobs import append_run, read_runs
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import vgg
 from benchmarks import cifar10
-from benchmarks.chain_runs import Course, append_run, read_runs
-from cifar_samples import write_images
+from benchmarks.chain_runs import Course
+from benchmarks.jobs import append_run, read_runs
+from cifar_samples import write_folder
 from torch import Tensor, nn
 
 from hf_vdneuron.chains import find_chain_sublayers
@@ -29,10 +30,7 @@ REAL_IMAGES = Path(__file__).parents[2] / "shared" / "data" / "image" / "cifar10
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar10")
-    write_images(folder / "train.parquet", range(NUM_TRAIN))
-    write_images(folder / "test.parquet", range(NUM_TRAIN, NUM_TRAIN + NUM_TEST))
-    return folder
+    return write_folder(tmp_path_factory.mktemp("cifar10"), NUM_TRAIN, NUM_TEST)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from hf_vdneuron.sublayers import Unit
 
 HEADS, KEYS, NEURONS, VOCABULARY, TOKENS = 4, 2, 24, 40, 6
 
-_SIZES = {
+TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "num_hidden_layers": 3,
@@ -42,9 +42,9 @@ _SIZES = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": KEYS, "head_dim": 4}
+GROUPED = {**TEXT, "num_key_value_heads": KEYS, "head_dim": 4}
 _EXPERTS, _PER_EXPERT = 4, 16
-_MOE = {**_GROUPED, "num_experts_per_tok": 2, "intermediate_size": _PER_EXPERT}
+_MOE = {**GROUPED, "num_experts_per_tok": 2, "intermediate_size": _PER_EXPERT}
 # What has no experts is as wide as all of them together.
 _QWEN_MOE = {
     **_MOE,
@@ -78,7 +78,7 @@ _T5 = {
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": 0,
 }
-_DEBERTA = {**_SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+_DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
 _GPT_NEO = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -91,9 +91,9 @@ _GPT_NEO = {
     "bos_token_id": 2,
     "eos_token_id": 1,
 }
-_MODERNBERT = {**_SIZES, "local_attention": 4, "cls_token_id": 2, "sep_token_id": 1}
-_GPT2 = {**_SIZES, "n_embd": 16, "n_layer": 3, "n_head": HEADS, "n_inner": NEURONS, "n_positions": 32}
-_FALCON = {**_SIZES, "ffn_hidden_size": NEURONS, "multi_query": False}
+_MODERNBERT = {**TEXT, "local_attention": 4, "cls_token_id": 2, "sep_token_id": 1}
+_GPT2 = {**TEXT, "n_embd": 16, "n_layer": 3, "n_head": HEADS, "n_inner": NEURONS, "n_positions": 32}
+_FALCON = {**TEXT, "ffn_hidden_size": NEURONS, "multi_query": False}
 _BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 3, "n_head": HEADS}
 _VIT = {
     "hidden_size": 16,
@@ -104,9 +104,9 @@ _VIT = {
     "patch_size": 4,
     "layer_scale_init_value": 0.5,
 }
-_CLIP = {"text_config": _SIZES, "vision_config": {**_VIT, "num_hidden_layers": 2}, "projection_dim": 8}
-_WAV2VEC2 = {
-    **_SIZES,
+_CLIP = {"text_config": TEXT, "vision_config": {**_VIT, "num_hidden_layers": 2}, "projection_dim": 8}
+SOUND = {
+    **TEXT,
     "conv_dim": [8, 8],
     "conv_kernel": [4, 4],
     "conv_stride": [2, 2],
@@ -162,9 +162,9 @@ class Row:
 
 
 _MASKED_LM = {
-    "albert": Row("albert", {**_SIZES, "embedding_size": 8, "num_hidden_groups": 2}),
-    "bert": Row("bert", _SIZES),
-    "camembert": Row("camembert", _SIZES),
+    "albert": Row("albert", {**TEXT, "embedding_size": 8, "num_hidden_groups": 2}),
+    "bert": Row("bert", TEXT),
+    "camembert": Row("camembert", TEXT),
     "deberta": Row("deberta", _DEBERTA),
     "deberta_v2": Row("deberta-v2", {**_DEBERTA, "position_buckets": 4}),
     "deberta_v2_shared": Row("deberta-v2", {**_DEBERTA, "share_att_key": True}),
@@ -172,14 +172,14 @@ _MASKED_LM = {
         "distilbert",
         {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 3, "n_heads": HEADS, "hidden_dim": NEURONS},
     ),
-    "electra": Row("electra", {**_SIZES, "embedding_size": 8}),
-    "jina": Row("jina_embeddings_v3", _SIZES),
+    "electra": Row("electra", {**TEXT, "embedding_size": 8}),
+    "jina": Row("jina_embeddings_v3", TEXT),
     "modernbert": Row("modernbert", _MODERNBERT),
     "modernbert_biased": Row("modernbert", {**_MODERNBERT, "attention_bias": True, "mlp_bias": True}),
-    "mpnet": Row("mpnet", _SIZES),
-    "nomic_bert": Row("nomic_bert", {**_SIZES, "type_vocab_size": 2}),
-    "roberta": Row("roberta", _SIZES),
-    "xlm_roberta": Row("xlm-roberta", _SIZES),
+    "mpnet": Row("mpnet", TEXT),
+    "nomic_bert": Row("nomic_bert", {**TEXT, "type_vocab_size": 2}),
+    "roberta": Row("roberta", TEXT),
+    "xlm_roberta": Row("xlm-roberta", TEXT),
 }
 _CAUSAL_LM = {
     "bloom": Row("bloom", _BLOOM, neurons=64),
@@ -188,28 +188,28 @@ _CAUSAL_LM = {
     "falcon_alibi": Row("falcon", {**_FALCON, "bias": True, "alibi": True, "parallel_attn": False}, static=False),
     "falcon_grouped": Row("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": KEYS}, heads=KEYS),
     "falcon_multi_query": Row("falcon", {**_FALCON, "multi_query": True}, heads=1),
-    "gemma": Row("gemma", _GROUPED, heads=KEYS),
-    "gemma2": Row("gemma2", {**_GROUPED, "sliding_window": 4}, heads=KEYS),
-    "gemma3_text": Row("gemma3_text", {**_GROUPED, "sliding_window": 4}, heads=KEYS),
+    "gemma": Row("gemma", GROUPED, heads=KEYS),
+    "gemma2": Row("gemma2", {**GROUPED, "sliding_window": 4}, heads=KEYS),
+    "gemma3_text": Row("gemma3_text", {**GROUPED, "sliding_window": 4}, heads=KEYS),
     "gpt2": Row("gpt2", _GPT2),
     "gpt_neo": Row("gpt_neo", _GPT_NEO),
-    "gpt_neox": Row("gpt_neox", _SIZES),
-    "granite": Row("granite", _GROUPED, heads=KEYS),
-    "llama": Row("llama", _GROUPED, heads=KEYS),
-    "llama_biased": Row("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True}, heads=KEYS),
-    "mistral": Row("mistral", {**_GROUPED, "sliding_window": 4}, heads=KEYS),
+    "gpt_neox": Row("gpt_neox", TEXT),
+    "granite": Row("granite", GROUPED, heads=KEYS),
+    "llama": Row("llama", GROUPED, heads=KEYS),
+    "llama_biased": Row("llama", {**GROUPED, "attention_bias": True, "mlp_bias": True}, heads=KEYS),
+    "mistral": Row("mistral", {**GROUPED, "sliding_window": 4}, heads=KEYS),
     "mixtral": Row("mixtral", {**_MOE, "num_local_experts": _EXPERTS}, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
-    "olmo2": Row("olmo2", _GROUPED, heads=KEYS),
-    "olmo2_ungrouped": Row("olmo2", {**_GROUPED, "num_key_value_heads": HEADS}),
-    "opt": Row("opt", {**_SIZES, "ffn_dim": NEURONS, "word_embed_proj_dim": 16}),
-    "phi": Row("phi", _GROUPED, heads=KEYS),
-    "phi3": Row("phi3", _GROUPED, heads=KEYS),
-    "phi3_ungrouped": Row("phi3", {**_GROUPED, "num_key_value_heads": HEADS}),
-    "qwen2": Row("qwen2", _GROUPED, heads=KEYS),
+    "olmo2": Row("olmo2", GROUPED, heads=KEYS),
+    "olmo2_ungrouped": Row("olmo2", {**GROUPED, "num_key_value_heads": HEADS}),
+    "opt": Row("opt", {**TEXT, "ffn_dim": NEURONS, "word_embed_proj_dim": 16}),
+    "phi": Row("phi", GROUPED, heads=KEYS),
+    "phi3": Row("phi3", GROUPED, heads=KEYS),
+    "phi3_ungrouped": Row("phi3", {**GROUPED, "num_key_value_heads": HEADS}),
+    "qwen2": Row("qwen2", GROUPED, heads=KEYS),
     "qwen2_moe": Row("qwen2_moe", _QWEN_MOE, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
-    "qwen3": Row("qwen3", _GROUPED, heads=KEYS),
+    "qwen3": Row("qwen3", GROUPED, heads=KEYS),
     "qwen3_moe": Row("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": [1]}, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
-    "smollm3": Row("smollm3", _GROUPED, heads=KEYS),
+    "smollm3": Row("smollm3", GROUPED, heads=KEYS),
 }
 _SEQ2SEQ_LM = {
     "bart": Row("bart", _BART),
@@ -235,7 +235,7 @@ _IMAGES = {
     "swin": Row("swin", _SWIN),
     "vit": Row("vit", _VIT),
 }
-_SOUND = {"hubert": Row("hubert", _WAV2VEC2), "wav2vec2": Row("wav2vec2", _WAV2VEC2)}
+_SOUND = {"hubert": Row("hubert", SOUND), "wav2vec2": Row("wav2vec2", SOUND)}
 _PAIRS = {"clip": Row("clip", _CLIP), "siglip": Row("siglip", _CLIP)}
 
 #: Rows that an older transformers builds in another way, and since when it does not.

@@ -4,14 +4,9 @@
 A network is trained densely for a while, then under a prior or, as the control, densely on for as long.
 """
 
-import json
 import math
-import random
-import statistics
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +25,6 @@ __all__ = [
     "PRIORS",
     "Course",
     "accuracy",
-    "append_run",
-    "finish",
-    "read_runs",
-    "spread",
     "train_dense_",
     "train_variational_",
     "units_kept",
@@ -47,19 +38,6 @@ PRIORS = (str(PriorType.GROUP), str(PriorType.MIXTURE), CONTROL)
 WARMUP_SHARE = 0.3
 #: Bounds the memory of scoring; it changes no score.
 EVAL_BATCH_SIZE = 1000
-
-
-class FinishedRun(Protocol):
-    """A dataclass that holds a job beside what came out of it."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def job(self) -> Hashable:
-        """What was to be done."""
-
-
-R = TypeVar("R", bound=FinishedRun)
 
 
 def _unchanged(images: Tensor) -> Tensor:
@@ -185,65 +163,3 @@ def units_kept(mask: RelevanceMask) -> tuple[int, ...]:
         Neurons or channels left in each.
     """
     return tuple(int(keep.all(0).sum()) for keep in mask.keep.values())
-
-
-def read_runs(path: Path, run_type: type[R]) -> dict[Hashable, R]:
-    """Read the finished runs.
-
-    Args:
-        path: File with one run per line, or no file yet.
-        run_type: What a line holds.
-
-    Returns:
-        Job -> its run; the first one where two processes did the same.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    runs: dict[Hashable, R] = {}
-    for finished in (run_type(**json.loads(line)) for line in lines):
-        runs.setdefault(finished.job, finished)
-    return runs
-
-
-def append_run(path: Path, finished: FinishedRun) -> None:
-    """Add a line to the results.
-
-    Args:
-        path: File with one run per line; made if missing.
-        finished: The run.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # one write at the end of the file, whoever else writes to it
-        file.write(json.dumps(asdict(finished)).encode() + b"\n")
-
-
-def finish(path: Path, jobs: Iterable[Hashable], run: Callable[[Any], R], run_type: type[R]) -> list[R]:
-    """Do what is missing; several processes may share the file and the work.
-
-    Args:
-        path: File with one run per line.
-        jobs: What is asked for.
-        run: Function from a job to its run.
-        run_type: What a line holds.
-
-    Returns:
-        The run of each job, in their order.
-    """
-    wanted = list(jobs)
-    # Read before every run, as another process may have finished jobs; in no order, as it may have begun the next one.
-    while missing := set(wanted) - (runs := read_runs(path, run_type)).keys():
-        append_run(path, run(random.choice(list(missing))))
-    return [runs[job] for job in wanted]
-
-
-def spread(values: list[float], unit: str = "") -> str:
-    """Write mean and standard error.
-
-    Args:
-        values: One value per run, at least one.
-        unit: What follows them.
-
-    Returns:
-        A table's cell; the error of a single run is unknown.
-    """
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.2f} ± {error:.2f}{unit}"
