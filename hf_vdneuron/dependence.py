@@ -4,8 +4,8 @@ r"""What the features that a layer reads depend on: the gradients that are not z
 Dependence is structural, so that one forward pass with random weights shows it; gradients of zero are exact zeros.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from math import prod
@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_vdneuron.exactness import run_alike, tensors_in
@@ -87,10 +86,10 @@ class Dependence:
     def _watch_(self) -> None:
         with ExitStack() as hooks:
             for path, layer in self.layers.items():
-                hooks.enter_context(_before(layer, partial(self._note_, path)))
+                hooks.enter_context(layer.register_forward_pre_hook(partial(self._note_, path)))
             run_alike(self.model, self._inputs)
 
-    def _note_(self, path: str, args: tuple[Any, ...]) -> None:
+    def _note_(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         self.read.setdefault(path, []).append(args[0])
 
     def num_features(self, reader: str) -> int:
@@ -191,8 +190,10 @@ class Dependence:
         with ExitStack() as hooks:
             for path, layer in self.layers.items():
                 if path not in between:
-                    hooks.enter_context(_before(layer, lambda args: seen.append(args[0])))
-            hooks.enter_context(_before(self.layers[reader], lambda args: (args[0].detach(), *args[1:])))
+                    hooks.enter_context(layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+            hooks.enter_context(
+                self.layers[reader].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+            )
             seen += tensors_in(run_alike(self.model, self._inputs))
         signal = self._project(value for value in seen if value.requires_grad)
         parameters = [self.model.get_parameter(name) for name in makers]
@@ -215,8 +216,8 @@ class Dependence:
         without = {f"{maker}.weight": layer.weight.index_fill(feature_axis(layer, Axis.OUT), rows, 0)}
         if layer.bias is not None:
             without[f"{maker}.bias"] = layer.bias.index_fill(0, rows, 0)
-        with _before(self.layers[reader], lambda args: read.append(args[0])):
-            functional_call(self.model, without, kwargs=self._inputs)
+        with self.layers[reader].register_forward_pre_hook(lambda _, args: read.append(args[0])):
+            run_alike(self.model, self._inputs, without)
         features = read[0].movedim(self._feature_axis(reader), -1).flatten(0, -2)
         return torch.allclose(features, features[:1].expand_as(features))
 
@@ -228,13 +229,3 @@ class Dependence:
         return torch.stack([
             (value * torch.randn(value.shape, generator=self._random).to(value.device)).sum() for value in values
         ]).sum()
-
-
-@contextmanager
-def _before(layer: nn.Module, look: Callable[[tuple[Any, ...]], object]) -> Generator[None]:
-    """Show a function what a layer is called with, which may return something else to call it with."""
-    hook = layer.register_forward_pre_hook(lambda _, args: look(args))
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -18,6 +18,7 @@ from hf_vdneuron.architectures import ARCHITECTURES
 from hf_vdneuron.dependence import Dependence, randomised_twin
 from hf_vdneuron.discovered import Discovery, remember_
 from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.exactness import run_alike
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.probing import probe_sublayers
 from hf_vdneuron.pruning import prunes_exactly
@@ -111,7 +112,7 @@ def _probe(twin: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Sublayer]:
 
 def _require_runs(twin: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     try:
-        twin(**inputs)
+        run_alike(twin, inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model says to inputs that it does not know

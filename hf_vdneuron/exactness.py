@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 __all__ = ["agree", "run_alike", "tensors_in"]
@@ -38,19 +39,20 @@ def tensors_in(outputs: object) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def run_alike(model: nn.Module, inputs: Mapping[str, Any]) -> object:
+def run_alike(model: nn.Module, inputs: Mapping[str, Any], instead: Mapping[str, Tensor] | None = None) -> object:
     """Run a model with the same random numbers in every call, for those that draw some even in evaluation.
 
     Args:
         model: The model.
         inputs: Keyword arguments of its forward pass.
+        instead: Names of parameters -> values to run it with.
 
     Returns:
         Its outputs. Random state is left as it was.
     """
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
-        return model(**inputs)
+        return functional_call(model, dict(instead or {}), kwargs=dict(inputs))
 
 
 def agree(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:

@@ -230,7 +230,10 @@ def test_what_surrounds_a_discovery_changes_nothing() -> None:
 
 def test_a_model_that_draws_noise_in_evaluation_is_looked_into() -> None:
     model = strange_model("vit_mae")
-    assert len(discover(model, strange_batch(model))) > 0
+    inputs = strange_batch(model)
+    before = torch.get_rng_state()
+    assert len(discover(model, inputs)) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_trainer_evaluates_on_its_own_rows(tmp_path: Path) -> None:
