@@ -9,11 +9,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import trained_posterior_
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
-from zoo import INSTALLED, ROWS, SINCE, attentions, auto_class, logits, masks, zoo_batch, zoo_model
+from zoo import INSTALLED, ROWS, SINCE, any_mask, attentions, auto_class, logits, masks, zoo_batch, zoo_model
 
 from hf_vdneuron.architectures import ARCHITECTURES, find_sublayers
 from hf_vdneuron.budget import Costs, speedup, unit_counts
@@ -81,6 +83,16 @@ def test_pruned_equals_masked(row: str) -> None:
             assert (expected - before).abs().max() > 0.01, (name, attention)
             pruned = prune_model_(masked, mask)
             torch.testing.assert_close(logits(pruned), expected, rtol=0, atol=TOLERANCE, msg=f"{name} {attention}")
+
+
+@rows
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=4)
+def test_pruned_equals_masked_for_any_mask(row: str, seed: int) -> None:
+    dense = zoo_model(row)
+    mask = any_mask(dense, seed)
+    expected = logits(mask_model_(deepcopy(dense), mask))
+    torch.testing.assert_close(logits(prune_model_(dense, mask)), expected, rtol=0, atol=TOLERANCE)
 
 
 @rows

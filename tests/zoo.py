@@ -329,8 +329,16 @@ def masks(model: nn.Module) -> dict[str, RelevanceMask]:
     return {name: _mask(sublayers, is_empty) for name, is_empty in emptied.items()}
 
 
-def _mask(sublayers: Iterable[Any], is_empty: Callable[[str], bool]) -> RelevanceMask:
-    random = torch.Generator().manual_seed(1)
+def any_mask(model: nn.Module, seed: int) -> RelevanceMask:
+    """A random mask, under which each sub-layer is empty with a probability of a quarter."""
+    sublayers = find_sublayers(model)
+    empty = torch.rand(len(sublayers), generator=torch.Generator().manual_seed(seed)) < 0.25
+    chosen = {sublayer.path for sublayer, is_empty in zip(sublayers, empty, strict=True) if is_empty}
+    return _mask(sublayers, chosen.__contains__, seed=seed)
+
+
+def _mask(sublayers: Iterable[Any], is_empty: Callable[[str], bool], *, seed: int = 1) -> RelevanceMask:
+    random = torch.Generator().manual_seed(seed)
     keep = {}
     for sublayer in sublayers:
         kept = torch.rand(2, sublayer.num_units, generator=random) > 0.3
