@@ -113,6 +113,20 @@ def measure(work: Callable[[], object]) -> Cost:
     return Cost(seconds, max(peak, own_memory()) - before)
 
 
+def in_own_process(step: Callable[..., Cost], *args: object) -> Cost:
+    """Take a step in a new process, where nothing that was there before is let go of meanwhile.
+
+    Args:
+        step: What measures itself; a function of a module.
+        args: What it is given.
+
+    Returns:
+        Its cost.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(step, *args).result()
+
+
 def half(model: nn.Module) -> RelevanceMask:
     """Keep every other unit of each layer, and one more in each layer than in the one before.
 
@@ -249,16 +263,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as root:
         dense, pruned = Path(root, "dense"), Path(root, "pruned")
 
-        def alone(step: Callable[..., Cost], *args: object) -> Cost:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                return process.submit(step, *args).result()
-
         costs = {
-            "build and save": alone(build, sizes, dense),
-            "load": alone(load, dense),
-            "load, patch and write": alone(patch, dense),
-            "load, prune and save": alone(prune, dense, pruned),
-            "load the pruned model": alone(load, pruned),
+            "build and save": in_own_process(build, sizes, dense),
+            "load": in_own_process(load, dense),
+            "load, patch and write": in_own_process(patch, dense),
+            "load, prune and save": in_own_process(prune, dense, pruned),
+            "load the pruned model": in_own_process(load, pruned),
         }
         whole, left = size(dense), size(pruned)
         ratio = forward_ratio(sizes, pruned)
