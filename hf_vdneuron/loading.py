@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,7 +25,7 @@ from hf_vdneuron.labels import named_outputs, needed_labels
 from hf_vdneuron.persistence import from_pretrained
 
 
-__all__ = ["load_classifier", "load_model", "load_tokenizer", "read_classifier_config"]
+__all__ = ["load_classifier", "load_language_model", "load_model", "load_tokenizer", "read_classifier_config"]
 
 #: What the name of a class with a trained classifier ends with, in transformers.
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
@@ -117,7 +118,7 @@ def load_classifier(
     if trust_remote_code:
         door = AutoModelForSequenceClassification.from_pretrained
         options = {"trust_remote_code": True, "use_safetensors": True}
-    return _load_weights(model_name_or_path, door, options, has_classifier=True), tokenizer
+    return _load_weights(model_name_or_path, door, options, is_trained=True), tokenizer
 
 
 def load_model(model_name_or_path: str, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -146,18 +147,36 @@ def load_model(model_name_or_path: str, task: GlueTask) -> tuple[PreTrainedModel
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
     tokenizer = load_tokenizer(model_name_or_path)
     options = {"model_class": AutoModelForSequenceClassification, "config": config, "dtype": torch.float32}
-    return _load_weights(model_name_or_path, from_pretrained, options, has_classifier=has_classifier), tokenizer
+    return _load_weights(model_name_or_path, from_pretrained, options, is_trained=has_classifier), tokenizer
+
+
+def load_language_model(model_name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, pruned or not, and its tokenizer. Code of the model's own never runs.
+
+    Args:
+        model_name_or_path: Folder, or name on the Hub.
+
+    Returns:
+        The model in fp32 on the CPU, and the tokenizer.
+
+    Raises:
+        ValueError: There is no such model or tokenizer, it is damaged, or it has no trained head.
+    """
+    _read_config(model_name_or_path)
+    tokenizer = load_tokenizer(model_name_or_path)
+    options = {"model_class": AutoModelForCausalLM, "dtype": torch.float32}
+    return _load_weights(model_name_or_path, from_pretrained, options, is_trained=True), tokenizer
 
 
 def _load_weights(
-    model_name_or_path: str, door: Callable[..., Any], options: dict[str, Any], *, has_classifier: bool
+    model_name_or_path: str, door: Callable[..., Any], options: dict[str, Any], *, is_trained: bool
 ) -> PreTrainedModel:
-    """Load weights; without a trained classifier, that and the pooler below it may start at random."""
+    """Load weights; where the head is not trained, it and the pooler below it may start at random."""
     with _loading(_flag(model_name_or_path), "save or download it again"):
         model, info = door(model_name_or_path, output_loading_info=True, **options)
         body = f"{model.base_model_prefix}."
         if lost := sorted(
-            key for key in info["missing_keys"] if has_classifier or (key.startswith(body) and POOLER not in key)
+            key for key in info["missing_keys"] if is_trained or (key.startswith(body) and POOLER not in key)
         ):
             raise ValueError(f"its files lack the weights {reprlib.repr(lost)}")
     return model

@@ -16,17 +16,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import hf_vdneuron
 from hf_vdneuron.budget import body_cost, cost_ratio
 from hf_vdneuron.cli import check_counts, one_line_errors, output_folder, parse_args, print_table
+from hf_vdneuron.loading import load_language_model
 from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
 #: Share of the text, at its end, that is not trained on.
 HELD_OUT = 0.1
+
+#: Tokens of a block: one that is predicted, from one before it.
+SHORTEST_BLOCK = 2
 
 Rows = list[dict[str, Tensor]]
 
@@ -45,9 +49,11 @@ class TextArguments:
         """Check the counts.
 
         Raises:
-            ValueError: If one is below 1.
+            ValueError: If one is below 1, or a block has no token to predict from another.
         """
-        check_counts(self, "block_length", "max_new_tokens")
+        check_counts(self, "max_new_tokens")
+        if self.block_length < SHORTEST_BLOCK:
+            raise ValueError(f"`block_length` is {self.block_length}, expected at least {SHORTEST_BLOCK}")
 
 
 def read_blocks(text_args: TextArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows]:
@@ -61,9 +67,14 @@ def read_blocks(text_args: TextArguments, tokenizer: PreTrainedTokenizerBase) ->
         Rows to train on, and rows held out.
 
     Raises:
-        ValueError: If the text is too short for one of each.
+        ValueError: If the text is not in UTF-8, or too short for one of each.
     """
-    text = text_args.text_file.read_text(encoding="utf-8")
+    try:
+        text = text_args.text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`text_file` {text_args.text_file} is no text in UTF-8: convert it first ({error})"
+        ) from error
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     num_blocks = len(ids) // text_args.block_length
     blocks = ids[: num_blocks * text_args.block_length].view(num_blocks, text_args.block_length)
@@ -74,6 +85,28 @@ def read_blocks(text_args: TextArguments, tokenizer: PreTrainedTokenizerBase) ->
         )
     rows = [{"input_ids": block, "labels": block} for block in blocks]
     return rows[:-num_held_out], rows[-num_held_out:]
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel, row: dict[str, Tensor]) -> None:
+    """Refuse a model that sees what it is to predict, as one trained on masked words does.
+
+    Args:
+        model: The model.
+        row: A row of the text.
+
+    Raises:
+        ValueError: If what it predicts depends on later tokens.
+    """
+    model.eval()
+    ids = row["input_ids"].repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % model.config.vocab_size
+    one, other = model(input_ids=ids).logits[:, :-1]
+    if not torch.allclose(one, other):
+        raise ValueError(
+            f"`model_name_or_path` holds a {type(model).__name__} that looks ahead: expected a causal language model, "
+            "whose predictions do not change with later tokens"
+        )
 
 
 def perplexity(loss: float | None) -> str:
@@ -118,9 +151,9 @@ def sparsify(
         The pruned model as its user loads it, its tokenizer, and rows of a table about both.
     """
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(text_args.model_name_or_path)
+    model, tokenizer = load_language_model(text_args.model_name_or_path)
     train, held_out = read_blocks(text_args, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(text_args.model_name_or_path, dtype=torch.float32)
+    require_causal(model, train[0])
     length = text_args.block_length
     dense = body_cost(model, length=length), model.num_parameters()
     trainer = VDTrainer(model=model, args=args, max_length=length, train_dataset=train, eval_dataset=held_out)

@@ -57,9 +57,18 @@ class Sizes:
         """Check the counts.
 
         Raises:
-            ValueError: If one is below 1.
+            ValueError: If one is below 1, or does not divide as it has to.
         """
         check_counts(self, *vars(self))
+        # Rotary positions turn the features of a head in pairs, and half of the keys and neurons go.
+        for name, step in (
+            ("hidden_size", 2 * self.num_attention_heads),
+            ("num_attention_heads", self.num_key_value_heads),
+            ("num_key_value_heads", 2),
+            ("intermediate_size", 2),
+        ):
+            if getattr(self, name) % step:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a multiple of {step}")
 
 
 @dataclass(frozen=True)

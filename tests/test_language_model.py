@@ -1,12 +1,24 @@
 """`scripts/language_model.py`: a tiny Llama on a few words, and the real one where it is at hand."""
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import language_model
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from vocabularies import sentences, small_tokenizer
 
 import hf_vdneuron
@@ -94,13 +106,70 @@ def test_nothing_of_the_held_out_text_is_trained_on(llama: Path) -> None:
     assert len(held_out) == -(-len(train + held_out) // 10)
 
 
-def test_a_short_text_is_refused_in_one_line(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (llama / "text.txt").write_text("the", encoding="utf-8")
+def cut_short(folder: Path) -> None:
+    weights = folder / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def put_an_encoder(folder: Path, model_class: type[PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    config = BertConfig(vocab_size=len(AutoTokenizer.from_pretrained(folder / "llama")), **sizes)
+    model_class(config).save_pretrained(folder / "llama")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(
+            lambda folder: (folder / "text.txt").write_text("the", encoding="utf-8"),
+            r"`text_file` has \d+ tokens: expected at least two blocks of 16",
+            id="short_text",
+        ),
+        pytest.param(
+            lambda folder: (folder / "text.txt").write_bytes(b"\xff\xfe"),
+            r"`text_file` \S+text\.txt is no text in UTF-8: convert it first \(.+\)",
+            id="bytes",
+        ),
+        pytest.param(
+            lambda folder: (folder / "text.txt").unlink(), r"\[Errno 2\] No such file .+text\.txt'", id="no_text"
+        ),
+        pytest.param(
+            lambda folder: shutil.rmtree(folder / "llama"),
+            r"cannot load `model_name_or_path` '\S+llama': give a folder .+ \(there is no such folder\)",
+            id="no_model",
+        ),
+        pytest.param(
+            cut_short,
+            r"cannot load `model_name_or_path` '\S+llama': save or download it again \(.+\)",
+            id="half_a_model",
+        ),
+        pytest.param(
+            lambda folder: put_an_encoder(folder, BertModel),
+            r"cannot load `model_name_or_path` '\S+llama': .+ \(its files lack the weights \['cls\..+\)",
+            id="no_head",
+        ),
+        pytest.param(
+            lambda folder: put_an_encoder(folder, BertForMaskedLM),
+            r"`model_name_or_path` holds a BertLMHeadModel that looks ahead: expected a causal language model, .+",
+            id="looks_ahead",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    spoil: Callable[[Path], object], message: str, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(llama)
+    capsys.readouterr()  # bars of what was spoilt
     with pytest.raises(SystemExit):
         language_model.main(flags(llama))
-    assert re.fullmatch(
-        r"error: `text_file` has \d+ tokens: expected at least two blocks of 16\n", capsys.readouterr().err
-    )
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+    assert not (llama / "out").exists()
+
+
+def test_a_block_of_one_token_predicts_nothing(llama: Path) -> None:
+    with pytest.raises(ValueError, match="`block_length` is 1, expected at least 2"):
+        language_model.TextArguments(str(llama), llama, block_length=1)
 
 
 @needs_data

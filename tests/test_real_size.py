@@ -34,6 +34,22 @@ def test_memory_that_was_let_go_of_counts() -> None:
     assert cost.seconds >= 50 * real_size.INTERVAL
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 0}, "`vocab_size` is 0, expected at least 1"),
+        ({"hidden_size": 2016}, "`hidden_size` is 2016, expected a multiple of 64"),
+        ({"num_key_value_heads": 5}, "`num_attention_heads` is 32, expected a multiple of 5"),
+        ({"num_key_value_heads": 1}, "`num_key_value_heads` is 1, expected a multiple of 2"),
+        ({"intermediate_size": 9}, "`intermediate_size` is 9, expected a multiple of 2"),
+    ],
+    ids=["none", "heads_in_width", "keys_in_heads", "keys", "neurons"],
+)
+def test_sizes_that_cannot_be_halved_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        real_size.Sizes(**sizes)
+
+
 def test_half_of_the_units_go_and_layers_differ() -> None:
     config = LlamaConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=8

@@ -12,6 +12,7 @@ from benchmarks import cifar10
 from benchmarks.chain_runs import Course
 from benchmarks.jobs import append_run, read_runs
 from cifar_samples import write_folder
+from pyarrow import parquet
 from torch import Tensor, nn
 
 from hf_vdneuron.chains import find_chain_sublayers
@@ -97,6 +98,17 @@ def test_validation_images_are_not_trained_on(data_dir: Path) -> None:
 def test_images_that_are_not_there_are_refused(num_images: int, validate: bool, data_dir: Path) -> None:
     with pytest.raises(ValueError, match=f"`num_images` is {num_images}: expected 1 to"):
         cifar10.load_images(data_dir, num_images, validate=validate, device=CPU)
+
+
+def test_a_file_without_images_is_refused_by_name(tmp_path: Path, data_dir: Path) -> None:
+    file = write_folder(tmp_path, 2, 2) / "train.parquet"
+    table = parquet.read_table(file)
+    parquet.write_table(table.rename_columns(["image", "label"]), file)
+    with pytest.raises(ValueError, match=r"train\.parquet has the columns \['image', 'label'\]: expected img among"):
+        cifar10.load_images(tmp_path, 1, validate=False, device=CPU)
+    file.write_bytes((data_dir / "train.parquet").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"train\.parquet is no parquet file, or half of one: download it again"):
+        cifar10.load_images(tmp_path, 1, validate=False, device=CPU)
 
 
 def test_augmented_images_are_shifted_and_mirrored() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pyarrow import parquet
+from pyarrow import ArrowInvalid, parquet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 __all__ = ["NUM_CLASSES", "NUM_COLOURS", "Images", "augment", "load_images", "read_images"]
 
 NUM_COLOURS, NUM_CLASSES = 3, 10
+#: Columns of a file.
+IMAGE, LABEL = "img", "label"
 #: Largest shift of an image in training, in pixels.
 MAX_SHIFT = 4
 #: Training images are the first of NumPy's `RandomState(0).permutation`, validation images the last.
@@ -41,21 +43,35 @@ class Images:
     held_out_labels: Tensor
 
 
+def _open(path: Path) -> parquet.ParquetFile:
+    """Open a file, and see that it holds images with labels."""
+    try:
+        file = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file, or half of one: download it again ({error})") from error
+    if lost := sorted({IMAGE, LABEL} - set(file.schema_arrow.names)):
+        raise ValueError(f"{path} has the columns {file.schema_arrow.names}: expected {', '.join(lost)} among them")
+    return file
+
+
 def read_images(path: Path, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     """Decode images.
 
     Args:
-        path: Parquet file with the columns `img` and `label`.
+        path: Parquet file with the columns `img`, of encoded images, and `label`.
         rows: Which rows to read, in their order; all by default.
 
     Returns:
         Images, uint8, shape `(N, 3, 32, 32)`, and labels, int64, shape `(N,)`.
+
+    Raises:
+        ValueError: If it is no such file.
     """
-    table = parquet.read_table(path, columns=["img", "label"])
+    table = _open(path).read(columns=[IMAGE, LABEL])
     if rows is not None:
         table = table.take(rows)
-    decoded = [np.array(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"].to_pylist()]
-    return torch.from_numpy(np.stack(decoded)).movedim(-1, 1), torch.tensor(table["label"].to_pylist())
+    decoded = [np.array(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table[IMAGE].to_pylist()]
+    return torch.from_numpy(np.stack(decoded)).movedim(-1, 1), torch.tensor(table[LABEL].to_pylist())
 
 
 def load_images(data_dir: Path, num_images: int, *, validate: bool, device: torch.device) -> Images:
@@ -71,10 +87,10 @@ def load_images(data_dir: Path, num_images: int, *, validate: bool, device: torc
         Images, standardised by colour over the training images.
 
     Raises:
-        ValueError: If there are not so many training images.
+        ValueError: If there are not so many training images, or a file holds none.
     """
     train_file = data_dir / "train.parquet"
-    num_rows = parquet.read_metadata(train_file).num_rows
+    num_rows = _open(train_file).metadata.num_rows
     reserved = NUM_VALIDATION_IMAGES if validate else 0
     if not 0 < num_images <= num_rows - reserved:
         raise ValueError(f"`num_images` is {num_images}: expected 1 to {num_rows - reserved}")
