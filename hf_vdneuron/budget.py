@@ -57,12 +57,14 @@ class _Layer:
         per_pair: Weights per pair of an output and an input feature: the kernel's size; 0 for a norm.
         per_output: Parameters per output feature: its bias, or what a norm holds.
         losses: Sub-layers, and the features that their units own.
+        runs: How often it runs per position of the first blocks.
     """
 
     features: Mapping[Axis, int]
     per_pair: int
     per_output: int
     losses: _Losses
+    runs: float
 
     def left(self, counts: UnitCounts) -> Mapping[Axis, float]:
         """Number of features left along each axis."""
@@ -77,7 +79,7 @@ class _Layer:
 
     def products(self, counts: UnitCounts) -> float:
         """Multiply-accumulates left per position of the first blocks."""
-        return self.weights(counts) * max(sublayer.runs for sublayer, _ in self.losses)
+        return self.weights(counts) * self.runs
 
     def parameters(self, counts: UnitCounts) -> float:
         """Parameters left."""
@@ -151,14 +153,21 @@ class Costs:
 
 def _layer(model: nn.Module, losses: _Losses) -> _Layer:
     part = losses[0][1]
+    runs = max(sublayer.runs * (_stride(model, sublayer) if its.axis is Axis.OUT else 1) for sublayer, its in losses)
     if part.role in (Role.NORM, Role.BIAS):
         module = model.get_submodule(part.module)
         held = list(module.parameters()) if part.role is Role.NORM else [module.get_parameter(part.parameter)]
         per_feature = sum(prod(parameter.shape[:-1]) for parameter in held)
-        return _Layer({Axis.OUT: held[0].shape[-1] if held else 0}, 0, per_feature, losses)
+        return _Layer({Axis.OUT: held[0].shape[-1] if held else 0}, 0, per_feature, losses, runs)
     layer = dense_layer(model, part.module)
     features = {axis: layer.weight.shape[feature_axis(layer, axis)] for axis in Axis}
-    return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses)
+    return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses, runs)
+
+
+def _stride(model: nn.Module, sublayer: Sublayer) -> int:
+    """Count the positions at which units are made for one at which they are read."""
+    reader = dense_layer(model, sublayer.out_side.slices[0].module)
+    return prod(reader.stride) if isinstance(reader, nn.Conv1d | nn.Conv2d) else 1
 
 
 def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:

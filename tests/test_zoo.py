@@ -107,7 +107,7 @@ def test_costs_are_those_of_what_is_left(row: str) -> None:
         assert costs.macs(counts) == Costs(pruned, length=LENGTH).macs({}) < costs.macs({})
 
 
-@pytest.mark.parametrize("row", ["convnext", "resnet_basic"])
+@pytest.mark.parametrize("row", ["convnext", "resnet_basic", "resnet_bottleneck"])
 def test_costs_know_that_maps_shrink(row: str) -> None:
     dense = zoo_model(row)
     sublayers = find_sublayers(dense)
