@@ -2,8 +2,8 @@
 """What a structure costs, and what it may cost."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import inf, prod
+from dataclasses import dataclass, replace
+from math import ceil, inf, log, prod
 
 from torch import nn
 
@@ -28,6 +28,10 @@ __all__ = [
 
 #: Path of a sub-layer -> units left in it; not whole where it is an expectation. Those that are missing are complete.
 UnitCounts = Mapping[str, float]
+
+#: How many times smaller what can be removed gets in one stage, at most, and in how many stages at most: what is left
+#: is worth something else once it has made up for what is gone (method: Without training).
+STAGE, MAX_STAGES = 1.75, 4
 
 #: Sub-layers that take features from a layer, and which ones.
 _Losses = tuple[tuple[Sublayer, Slice], ...]
@@ -265,6 +269,22 @@ class Budget:
     limit: float
     achieved: Callable[[float], float]
     digits: str = ".4g"
+
+    def stages(self, now: float, least: float) -> list["Budget"]:
+        """Come to the limit step by step, each of which leaves the same share of what can be removed.
+
+        Args:
+            now: Cost of what is there.
+            least: Cost of what cannot be removed, below that.
+
+        Returns:
+            Budgets with falling limits; the last one is this.
+        """
+        share = (self.limit - least) / (now - least)
+        steps = ceil(log(max(share, STAGE**-MAX_STAGES)) / -log(STAGE))
+        number = min(max(steps, 1), MAX_STAGES)
+        limits = [least + (now - least) * share ** (step / number) for step in range(1, number)]
+        return [*(replace(self, limit=limit) for limit in limits), self]
 
     def require_reachable(self, least: UnitCounts) -> None:
         """Refuse a target that no structure meets, or that the whole model does.

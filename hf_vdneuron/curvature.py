@@ -4,6 +4,9 @@ r"""How sharply the loss of a fine-tuned model depends on its weights, and on th
 Near a minimum the expected loss of a posterior around it is that of the minimum plus
 :math:`\tfrac12 \sum h\, s^2` over weights and :math:`\tfrac12 \sum H_g (\gamma_g - 1)^2` over groups. Both curvatures
 are estimated by squared gradients of single examples, the diagonal of the empirical Fisher information.
+
+What a unit always says, whatever the input, the bias of the layer that reads it can say instead. So the scale of what
+is read counts for its deviations from its mean alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import VariationalLayer, feature_axis
@@ -38,7 +42,8 @@ class Curvature:
         weights: Path of each variational layer -> second derivative by each of its weights, in their shape, not
             negative.
         scores: Path of each variational layer -> first derivative of each example's loss by the scale of each group's
-            means, shape `(num_examples, num_groups)`.
+            means, shape `(num_examples, num_groups)`; with a layer that reads units and has a bias, while this takes
+            over what is constant.
     """
 
     weights: Mapping[str, Tensor]
@@ -87,7 +92,12 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
         H_g = \mathbb E_n \Big( \sum_{ij \in g} \mu_{ij} \frac{\partial L_n}{\partial \mu_{ij}} \Big)^2
 
     for inputs :math:`x` and gradients :math:`\delta` of the outputs at position :math:`t` of example :math:`n`. Over
-    positions the squares are summed, as noise is drawn per position in training (Kingma 2015).
+    positions the squares are summed, as noise is drawn per position in training (Kingma 2015). Where a linear layer
+    reads the units of :math:`g` and has a bias, this keeps its outputs what they are on average while the scale moves:
+
+    .. math:: H_g = \mathbb E_n \Big( \sum_{ij \in g} \mu_{ij} \sum_t \delta_{nti} (x_{ntj} - \bar x_j) \Big)^2
+
+    with the mean :math:`\bar x` over all positions that the loss depends on.
 
     Args:
         model: A patched model; put into evaluation mode.
@@ -108,25 +118,21 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
     model.eval()
     layers = variational_layers(model)
     weights = {path: torch.zeros_like(layer.log_var, requires_grad=False) for path, layer in layers.items()}
-    scores: dict[str, list[Tensor]] = {path: [] for path in layers}
+    scores = {path: _Scores(layer) for path, layer in layers.items()}
     count = 0
     for batch in batches:
         calls, total, size = _forward(model, layers, batch, loss)
         # The loss of one example depends on its own activations only.
         gradients = torch.autograd.grad(total, [call.outputs for call in calls])
-        by_example: dict[str, Tensor] = {}
         for call, gradient in zip(calls, gradients, strict=True):
             weights[call.path] += _squared(call, gradient)
-            scale = _by_scale(call, gradient, size)
-            by_example[call.path] = by_example[call.path] + scale if call.path in by_example else scale
-        for path, scores_of_batch in by_example.items():
-            scores[path].append(scores_of_batch)
+            scores[call.path].add(call, gradient, first=count, batch_size=size)
         count += size
     if count == 0:
         raise ValueError("There is no batch: expected at least one, and a few hundred examples in all.")
     return Curvature(
         {path: total / count for path, total in weights.items()},
-        {path: torch.cat(parts) for path, parts in scores.items()},
+        {path: its.value() for path, its in scores.items()},
     )
 
 
@@ -160,20 +166,57 @@ def _squared(call: _Call, gradient: Tensor) -> Tensor:
     return squared
 
 
-def _by_scale(call: _Call, gradient: Tensor, batch_size: int) -> Tensor:
-    """Differentiate the loss of each example by the scale of each group, shape `(batch_size, num_groups)`."""
-    layer, mean = call.layer, call.layer.mean.detach()
-    # In mixed precision they are narrower than the weights.
-    inputs, gradient = call.inputs.to(mean.dtype).requires_grad_(), gradient.to(mean.dtype)
-    with torch.enable_grad():
-        outputs = layer.multiply(inputs, mean)
-    if layer.group_axis == feature_axis(layer, Axis.OUT):
-        signal = outputs.detach() * gradient
-    else:
-        (back,) = torch.autograd.grad(outputs, inputs, gradient)
-        signal = inputs.detach() * back
-    axis = 1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
-    by_feature = signal.movedim(axis, 1).unsqueeze(-1).flatten(2).sum(2)
-    if len(by_feature) % batch_size == 0:  # tokens or windows of all examples can lie along one axis
-        by_feature = by_feature.unflatten(0, (batch_size, len(by_feature) // batch_size)).sum(1)
-    return layer.prior.sum_groups(by_feature).to(layer.log_var.dtype)
+class _Scores:
+    """Derivatives of the loss of each example by the scales of a layer, put together call by call.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: VariationalLayer) -> None:
+        self.layer = layer
+        self.reads = layer.group_axis != feature_axis(layer, Axis.OUT)
+        is_linear = isinstance(layer, nn.Linear | Conv1D)
+        #: Whether the bias can say what the inputs say on average; behind a padded convolution it cannot at the edges.
+        self.is_centred = self.reads and is_linear and layer.bias is not None
+        # By the number of the first example of a batch: a layer can be called several times in one.
+        self.by_group: dict[int, Tensor] = {}
+        self.slopes: dict[int, Tensor] = {}
+        self.total, self.num_positions = torch.zeros(()), 0
+
+    def add(self, call: _Call, gradient: Tensor, *, first: int, batch_size: int) -> None:
+        """Count a call in, for examples that begin with the one numbered `first`."""
+        mean = self.layer.mean.detach()
+        # In mixed precision they are narrower than the weights.
+        inputs, gradient = call.inputs.to(mean.dtype).requires_grad_(), gradient.to(mean.dtype)
+        with torch.enable_grad():
+            outputs = self.layer.multiply(inputs, mean)
+        if self.reads:
+            (back,) = torch.autograd.grad(outputs, inputs, gradient)
+            signal = inputs.detach() * back
+        else:
+            signal = outputs.detach() * gradient
+        by_group = self.layer.prior.sum_groups(self._by_example(signal, batch_size)).to(self.layer.log_var.dtype)
+        self.by_group[first] = self.by_group[first] + by_group if first in self.by_group else by_group
+        if self.is_centred:
+            matters = gradient.ne(0).any(-1)
+            self.total = self.total.to(mean) + inputs.detach()[matters].sum(0)
+            self.num_positions += int(matters.sum())
+            slopes = self._by_example(back, batch_size)
+            self.slopes[first] = self.slopes[first] + slopes if first in self.slopes else slopes
+
+    def _by_example(self, signal: Tensor, batch_size: int) -> Tensor:
+        """Sum over the positions of each example, shape `(batch_size, num_features)`."""
+        axis = 1 if isinstance(self.layer, nn.Conv1d | nn.Conv2d) else signal.ndim - 1
+        by_feature = signal.movedim(axis, 1).unsqueeze(-1).flatten(2).sum(2)
+        if len(by_feature) % batch_size == 0:  # tokens or windows of all examples can lie along one axis
+            by_feature = by_feature.unflatten(0, (batch_size, len(by_feature) // batch_size)).sum(1)
+        return by_feature
+
+    def value(self) -> Tensor:
+        """Put all together, shape `(num_examples, num_groups)`."""
+        scores = torch.cat(list(self.by_group.values()))
+        if not (self.is_centred and self.num_positions):
+            return scores
+        constant = torch.cat(list(self.slopes.values())) * (self.total / self.num_positions)
+        return scores - self.layer.prior.sum_groups(constant).to(scores.dtype)

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list, gather, reduce
+from accelerate.utils import broadcast, broadcast_object_list, gather, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -14,6 +14,7 @@ from hf_vdneuron.curvature import Curvature, estimate_curvature
 from hf_vdneuron.discovery import few_rows
 from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.reconstruction import correct_, corrections
 from hf_vdneuron.resumable_trainer import ResumableTrainer
 from hf_vdneuron.sharding import dense_copy
 
@@ -22,6 +23,9 @@ __all__ = ["FittingTrainer"]
 
 #: Training examples that the curvature of the loss is estimated on.
 NUM_EXAMPLES = 1024
+
+#: Those to which what is left is fitted by least squares: every sub-layer reads them anew.
+NUM_FITTED = 512
 
 
 class FittingTrainer(ResumableTrainer):
@@ -37,10 +41,22 @@ class FittingTrainer(ResumableTrainer):
             ValueError: If there is no training example.
         """
         posterior = patch_model_(dense_copy(self.model), self.vd_config)
-        own = estimate_curvature(posterior, self._examples(), loss=self._loss)
+        own = estimate_curvature(posterior, self._examples(NUM_EXAMPLES), loss=self._loss)
         # Each process has seen a share of the examples.
         curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
         return closed_form_evidence(posterior, curvature)
+
+    def make_up_for_(self, dense: nn.Module) -> None:
+        """Let what the masks have left of the model do what it did before, by least squares, in place.
+
+        Every process has to call this.
+
+        Args:
+            dense: The model before that, without variational layers.
+        """
+        batches = list(self._examples(NUM_FITTED))
+        # Each process has seen other examples.
+        correct_(self.model, broadcast(corrections(self.model, dense, batches, forward=self._loss)))
 
     def example_inputs(self) -> dict[str, Any]:
         """Read a few training examples, the same on every process, so that all find the same in a model.
@@ -48,17 +64,17 @@ class FittingTrainer(ResumableTrainer):
         Returns:
             Keyword arguments of a forward pass.
         """
-        (inputs,) = broadcast_object_list([few_rows(next(self._examples()))])
+        (inputs,) = broadcast_object_list([few_rows(next(self._examples(NUM_EXAMPLES)))])
         return cast(dict[str, Any], self._prepare_inputs(inputs))
 
-    def _examples(self) -> Iterator[Mapping[str, Any]]:
+    def _examples(self, num_examples: int) -> Iterator[Mapping[str, Any]]:
         """Read the same training examples each time, drawn at random where they can be."""
         data = cast(Any, self.train_dataset)
         if isinstance(data, Sized):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-            data = Subset(cast(Any, data), order[:NUM_EXAMPLES].tolist())
+            data = Subset(cast(Any, data), order[:num_examples].tolist())
         else:
-            data = list(islice(data, NUM_EXAMPLES))
+            data = list(islice(data, num_examples))
         # The Trainer keeps a loader whose workers live on, and would evaluate on its rows.
         persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
         try:

@@ -23,12 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import logsigmoid
 
 
 __all__ = [
     "PriorStatistics",
     "Theta",
+    "add_whole_",
     "dropout_rate",
     "gaussian_kl",
     "kl_bound",
@@ -327,3 +329,19 @@ def whole(tensor: Tensor) -> Tensor:
     """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+@torch.no_grad()
+def add_whole_(tensor: Tensor, change: Tensor) -> Tensor:
+    """Add a whole tensor to one that may be kept in pieces, in place.
+
+    Args:
+        tensor: Any tensor. If it is in pieces, every process has to call this.
+        change: What is added, the same in every process, in the shape of the whole tensor.
+
+    Returns:
+        The same tensor.
+    """
+    if isinstance(tensor, DTensor):
+        change = distribute_tensor(change, tensor.device_mesh, tensor.placements)
+    return tensor.add_(change.to(tensor.dtype))

@@ -8,16 +8,17 @@ from statistics import fmean
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from hf_vdneuron.fitting_trainer import FittingTrainer
-from hf_vdneuron.masks import RelevanceMask, read_mask
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask, unit_relevance
 from hf_vdneuron.schedules import PhasePlan
+from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.tolerance import DENSE_VALUE, ToleranceCallback, last_logged
 from hf_vdneuron.training_args import VDTrainingArguments
 
@@ -77,6 +78,7 @@ class JudgingTrainer(FittingTrainer):
                 judge=self._judge,
                 dense=self._dense_value,
                 relevance=self._relevance,
+                mask=self._mask_,
                 log=self.log,
                 on_size=self._save_size,
             )
@@ -114,6 +116,25 @@ class JudgingTrainer(FittingTrainer):
         if self.args.target is None:
             return relevance_mask(self.model, self.args.dropout_rate_threshold) & present
         return self._steering.mask(self._relevance(), self.args, present=present)
+
+    def _cut_(self) -> None:
+        """Mask what is not kept. In closed form, that is done in stages, behind which what is left makes up for it."""
+        if self.args.target is None or self.plan.sparsify_steps > 0:
+            self._mask_(self._choose())
+            return
+        dense = dense_copy(self.model)
+        for budget in self._steering.stages():
+            present = read_mask(self.model)
+            self._mask_(self._steering.mask(self._relevance(), self.args, present=present, budget=budget), dense)
+
+    def _mask_(self, mask: RelevanceMask, dense: nn.Module | None = None) -> None:
+        """Mask the model; in closed form, what is left makes up for it, to do as the dense one did or it itself."""
+        if self.plan.sparsify_steps > 0:
+            mask_model_(self.model, mask)
+        else:
+            dense = dense_copy(self.model) if dense is None else dense
+            mask_model_(self.model, mask)
+            self.make_up_for_(dense)
 
     def _score(self, milestone: str) -> None:
         """Evaluate at a boundary, and log the metrics under its name."""

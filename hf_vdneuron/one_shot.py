@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparsify without training: gradients on some examples, a posterior in closed form, a cut, and least squares."""
+"""Sparsify without training: a posterior in closed form, a cut and least squares, a few times in turns."""
 
 from copy import deepcopy
+from dataclasses import replace
 from math import isfinite
 from typing import TypeVar
 
@@ -22,38 +23,9 @@ from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_withi
 from hf_vdneuron.targets import BUDGETS, DEFAULT_LENGTH
 
 
-__all__ = ["closed_form_mask", "sparsify"]
+__all__ = ["sparsify"]
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
-
-
-def closed_form_mask(
-    model: PreTrainedModel,
-    batches: Batches,
-    budget: Budget,
-    *,
-    vd_config: VDConfig | None = None,
-    alignment: Alignment = FREE,
-) -> RelevanceMask:
-    """Choose what to keep by the evidence for it, with a posterior in closed form.
-
-    Args:
-        model: A dense, fine-tuned model; it is left as it is.
-        batches: Some of its training examples, with labels.
-        budget: What may be kept.
-        vd_config: What to remove from, and by which prior.
-        alignment: Which numbers of heads and neurons may be kept.
-
-    Returns:
-        The mask.
-
-    Raises:
-        ValueError: If the budget cannot be met, or a batch gives no loss.
-    """
-    patched = patch_model_(deepcopy(model), vd_config)
-    budget.require_reachable(irremovable_units(unit_relevance(patched)))
-    evidence = closed_form_evidence(patched, estimate_curvature(patched, batches))
-    return keep_within(find_sublayers(patched), evidence, budget, alignment=alignment)
 
 
 def sparsify(
@@ -97,22 +69,41 @@ def sparsify(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"Cannot sparsify a `{type(model).__name__}` in one shot: expected a transformers model.")
     given = dict(zip(BUDGETS, (target_speedup, target_sparsity, target_params), strict=True))
-    targets = {name: value for name, value in given.items() if value is not None}
-    if len(targets) != 1:
-        named = " and ".join(f"`{name}`" for name in targets) or "none"
-        raise ValueError(f"There are several targets or none ({named}): expected exactly one of {', '.join(BUDGETS)}.")
-    ((name, value),) = targets.items()
-    if not (isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
+    name, value = _only_target({name: value for name, value in given.items() if value is not None})
     dense, batches = deepcopy(model).eval(), list(calibration_data)
     if not batches:
         raise ValueError("`calibration_data` holds no batch: expected some training examples, with labels.")
     if not is_supported(dense):
         discover(dense, few_rows(batches[0]))
     budget = BUDGETS[name](Costs(dense, length=max_length), value)
-    mask = closed_form_mask(dense, batches, budget, vd_config=vd_config, alignment=alignment)
+    least = irremovable_units(unit_relevance(patch_model_(deepcopy(dense), vd_config)))
+    budget.require_reachable(least)
     # What was trained stays as it is: the posterior only says what goes.
-    prune_model_(pruned := deepcopy(dense), mask)
-    if reconstruct:
-        reconstruct_(pruned, dense, batches)
+    pruned = deepcopy(dense)
+    for stage in budget.stages(budget.cost({}), budget.cost(least)):
+        left = replace(BUDGETS[name](Costs(pruned, length=max_length), value), limit=stage.limit)
+        if left.cost({}) > left.limit:  # the stage before may have come further than it had to
+            prune_model_(pruned, _choose(pruned, batches, left, vd_config, alignment))
+            if reconstruct:
+                reconstruct_(pruned, dense, batches)
     return pruned
+
+
+def _only_target(targets: dict[str, float]) -> tuple[str, float]:
+    """Check that one target is given, and that it is a number."""
+    if len(targets) != 1:
+        named = " and ".join(f"`{name}`" for name in targets) or "none"
+        raise ValueError(f"There are several targets or none ({named}): expected exactly one of {', '.join(BUDGETS)}.")
+    ((name, value),) = targets.items()
+    if not (isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` is {value}: expected a finite number above 0.")
+    return name, value
+
+
+def _choose(
+    model: PreTrainedModel, batches: Batches, budget: Budget, vd_config: VDConfig | None, alignment: Alignment
+) -> RelevanceMask:
+    """Choose what to keep by the evidence for it, with a posterior in closed form."""
+    patched = patch_model_(deepcopy(model), vd_config)
+    evidence = closed_form_evidence(patched, estimate_curvature(patched, batches))
+    return keep_within(find_sublayers(patched), evidence, budget, alignment=alignment)

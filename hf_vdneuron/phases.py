@@ -4,13 +4,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_vdneuron.checks import require_all_phases, require_own_teacher, require_posterior
 from hf_vdneuron.distillation import Teacher
 from hf_vdneuron.elbo import em_step_, set_variational_, variational_layers
-from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.monitoring import RunningMeans
 from hf_vdneuron.optimization import reset_variational_
 from hf_vdneuron.schedules import Phase
@@ -32,7 +30,7 @@ class PhaseCallback(TrainerCallback):
         steering: Weighs the KL.
         means: What the logs average; every run starts its own.
         score: Function `(milestone) -> None` that evaluates the model and logs the metrics under this name.
-        choose: Function that says what the posterior keeps.
+        cut: Function that masks what is irrelevant.
 
     Attributes:
         is_cut: Whether this run has masked all that is irrelevant.
@@ -44,13 +42,13 @@ class PhaseCallback(TrainerCallback):
         steering: Steering,
         means: RunningMeans,
         score: Callable[[str], None],
-        choose: Callable[[], RelevanceMask],
+        cut: Callable[[], None],
     ) -> None:
         self.teacher = teacher
         self.steering = steering
         self.means = means
         self.score = score
-        self.choose = choose
+        self.cut = cut
         self.is_cut = False
 
     def on_train_begin(self, args: VDTrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:  # type: ignore[override]
@@ -93,7 +91,7 @@ class PhaseCallback(TrainerCallback):
                 reset_variational_(run["optimizer"])
                 self.steering.look_(model, plan, step=step)
         if args.removes and args.tolerance is None and step == plan.recover_start:
-            self._cut_(model)
+            self._cut_()
         sparsifying = plan.phase_at(step) is Phase.SPARSIFY
         set_variational_(model, noise=sparsifying, collect_kl=sparsifying, frozen=not sparsifying)
 
@@ -143,10 +141,10 @@ class PhaseCallback(TrainerCallback):
             if step == plan.sparsify_start:
                 self.score("dense")
             if args.tolerance is None:
-                self._cut_(model)
+                self._cut_()
         set_variational_(model, noise=False, collect_kl=False, frozen=True)
 
-    def _cut_(self, model: nn.Module) -> None:
-        mask_model_(model, self.choose())
+    def _cut_(self) -> None:
+        self.cut()
         self.is_cut = True
         self.score("cut")

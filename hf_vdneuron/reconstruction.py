@@ -15,7 +15,9 @@ References:
     https://arxiv.org/abs/1707.06168
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +25,38 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.layers import DenseLayer, dense_layer
+from hf_vdneuron.functional import add_whole_
+from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, feature_axis
+from hf_vdneuron.masks import read_mask
+from hf_vdneuron.pruning import prune_model_
+from hf_vdneuron.sharding import dense_copy
+from hf_vdneuron.sublayers import Axis, Sublayer
 
 
-__all__ = ["reconstruct_"]
+__all__ = ["Corrections", "correct_", "corrections", "reconstruct_"]
+
+#: Path of a layer that reads units -> what its weight gains by `weight` and its bias by `bias`.
+Corrections = dict[str, dict[str, Tensor]]
+
+#: Runs a model on a batch; what it returns does not matter.
+Forward = Callable[[nn.Module, Mapping[str, Any]], object]
 
 #: How strongly weights are held where they were, relative to the variance of an input.
 RIDGE = 1e-2
 
 
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> object:
+    return model(**batch)
+
+
 @torch.no_grad()
 def reconstruct_(
-    model: nn.Module, dense: nn.Module, batches: Sequence[Mapping[str, Any]], *, ridge: float = RIDGE
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    ridge: float = RIDGE,
+    forward: Forward = _run,
 ) -> nn.Module:
     """Fit the layers that read heads and neurons anew, one after the other from the input to the output, in place.
 
@@ -46,6 +68,7 @@ def reconstruct_(
         dense: The model that it was cut from; likewise.
         batches: Keyword arguments of a forward of both, labels not needed; read once per sub-layer.
         ridge: How strongly weights are held where they were, above 0.
+        forward: Runs a model on a batch; what it returns does not matter.
 
     Returns:
         The pruned model.
@@ -65,12 +88,74 @@ def reconstruct_(
         if sublayer.num_units and isinstance(reader, nn.Linear | Conv1D) and reader.bias is not None:
             moments = _Moments(reader)
             for batch in batches:
-                made, wanted = (_passes(*one, batch, sublayer.repeats) for one in ((model, reader), (dense, original)))
+                made, wanted = (
+                    _passes(*one, partial(forward, one[0], batch), sublayer.repeats)
+                    for one in ((model, reader), (dense, original))
+                )
                 for (inputs, _), (_, outputs) in zip(made, wanted, strict=True):
                     attended = _attended(batch, inputs)
                     moments.add(inputs[attended], outputs[attended])
             moments.solve_(reader, ridge)
     return model
+
+
+@torch.no_grad()
+def corrections(
+    model: nn.Module, dense: nn.Module, batches: Sequence[Mapping[str, Any]], *, forward: Forward = _run
+) -> Corrections:
+    """Find what a masked model would gain by being reconstructed, by a copy of it that is cut.
+
+    Args:
+        model: A patched, masked model; it is left alone. If it is sharded, every process has to call this.
+        dense: The model before it was masked; put into evaluation mode.
+        batches: As `reconstruct_` takes them.
+        forward: Likewise.
+
+    Returns:
+        The corrections, of readers that can be fitted alone.
+    """
+    mask = read_mask(model)
+    pruned = prune_model_(dense_copy(model), mask)
+    readers = {part.path: _reader(pruned, part) for part in find_sublayers(pruned)}
+    before = {path: deepcopy(dict(reader.named_parameters())) for path, reader in readers.items()}
+    reconstruct_(pruned, dense, batches, forward=forward)
+    found: Corrections = {}
+    for sublayer in find_sublayers(model):
+        part, reader = sublayer.out_side.slices[0], readers[sublayer.path]
+        changes = {name: value - before[sublayer.path][name] for name, value in reader.named_parameters()}
+        if not any(change.any() for change in changes.values()):
+            continue
+        axis, features = feature_axis(reader, Axis.IN), part.features(mask.units_left(sublayer)).flatten()
+        whole = torch.zeros_like(dense_layer(dense, part.module).weight)
+        changes["weight"] = whole.index_copy_(axis, features.to(whole.device), changes["weight"])
+        found[part.module] = changes
+    return found
+
+
+@torch.no_grad()
+def correct_(model: nn.Module, corrections: Corrections) -> nn.Module:
+    """Let a masked model have its corrections, in place.
+
+    Args:
+        model: The model that they were found for. If it is sharded, every process has to call this.
+        corrections: The corrections, the same in every process.
+
+    Returns:
+        The same model.
+    """
+    for path, changes in corrections.items():
+        layer = dense_layer(model, path)
+        if isinstance(layer, VariationalLayer):
+            layer.add_to_mean_(changes["weight"])
+        else:
+            add_whole_(layer.weight, changes["weight"])
+        add_whole_(layer.bias, changes["bias"])  # type: ignore[arg-type]  # without a bias there is no correction
+    return model
+
+
+def _reader(model: nn.Module, sublayer: Sublayer) -> DenseLayer:
+    """The layer that reads the units of a sub-layer."""
+    return dense_layer(model, sublayer.out_side.slices[0].module)
 
 
 class _Moments:
@@ -124,7 +209,7 @@ class _Reached(Exception):  # no error: it ends a forward where all that was ask
 
 
 def _passes(
-    model: nn.Module, layer: DenseLayer, batch: Mapping[str, Any], repeats: int
+    model: nn.Module, layer: DenseLayer, run: Callable[[], object], repeats: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Run a batch as far as the last pass through a layer, and catch what goes into it and what comes out."""
     passes: list[tuple[Tensor, Tensor]] = []
@@ -136,7 +221,7 @@ def _passes(
 
     with layer.register_forward_hook(catch):
         try:
-            model(**batch)
+            run()
         except _Reached:
             return passes
     raise ValueError(

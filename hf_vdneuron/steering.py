@@ -215,8 +215,25 @@ class Steering:
 
     # ---- Arriving ----
 
+    def stages(self) -> list[Budget]:
+        """Divide the way to the target of a run.
+
+        Returns:
+            What may be kept after each stage.
+
+        Raises:
+            RuntimeError: If no run has begun, or it has no target.
+        """
+        course = self._on_course()
+        return course.budget.stages(course.budget.cost(course.present), course.least)
+
     def mask(
-        self, relevance: Mapping[str, Tensor], args: VDTrainingArguments, *, present: RelevanceMask
+        self,
+        relevance: Mapping[str, Tensor],
+        args: VDTrainingArguments,
+        *,
+        present: RelevanceMask,
+        budget: Budget | None = None,
     ) -> RelevanceMask:
         """Choose what the target of a run allows to keep of what is there.
 
@@ -224,6 +241,7 @@ class Steering:
             relevance: What says how much units are worth, as `unit_relevance` gives it.
             args: Arguments of the run.
             present: What is there.
+            budget: What may be kept, if it is not yet the target.
 
         Returns:
             The mask.
@@ -231,10 +249,14 @@ class Steering:
         Raises:
             RuntimeError: If no run has begun, or it has no target.
         """
+        course = self._on_course()
+        budget = course.budget if budget is None else budget
+        return keep_within(course.sublayers, relevance, budget, alignment=args.alignment, present=present)
+
+    def _on_course(self) -> _Course:
         if self._course is None:
             raise RuntimeError("There is no target to keep to: expected a run that has one, and has begun.")
-        course, alignment = self._course, args.alignment
-        return keep_within(course.sublayers, relevance, course.budget, alignment=alignment, present=present)
+        return self._course
 
     def logs(self) -> dict[str, float]:
         """Return the share of what has to go that the posterior is about to let go, once it was looked at."""

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from hf_vdneuron.budget import Budget, Costs, speedup
 from hf_vdneuron.judgement import Tolerance
 from hf_vdneuron.keepsake import Keepsake
-from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.masks import RelevanceMask, read_mask
 from hf_vdneuron.schedules import PhasePlan, bounds
 from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -104,6 +104,7 @@ class ToleranceCallback(TrainerCallback):
         dense: Function that looks up what the dense model was judged by it, None if it was not.
         relevance: Function `(is_first) -> relevance` that measures what units are worth. A trained posterior is good
             for the first size.
+        mask: Function that masks the model.
         log: Function that logs metrics of the model.
         on_size: Function `(speedup) -> None` that is told of every size that is good enough, while the model has it.
     """
@@ -116,6 +117,7 @@ class ToleranceCallback(TrainerCallback):
         judge: Callable[[], float],
         dense: Callable[[], float | None],
         relevance: Callable[[bool], Mapping[str, Tensor]],
+        mask: Callable[[RelevanceMask], None],
         log: Callable[[dict[str, float]], None],
         on_size: Callable[[float], None],
     ) -> None:
@@ -124,6 +126,7 @@ class ToleranceCallback(TrainerCallback):
         self.judge = judge
         self.dense = dense
         self.relevance = relevance
+        self.mask = mask
         self.log = log
         self.on_size = on_size
 
@@ -203,7 +206,7 @@ class ToleranceCallback(TrainerCallback):
             self._judge_size_(model, args)
         if number < args.num_sizes:
             relevance, share = self.relevance(number == 0), self.keepsake.next_share
-            mask_model_(model, size_mask(model, relevance, share, length=self.length, alignment=args.alignment))
+            self.mask(size_mask(model, relevance, share, length=self.length, alignment=args.alignment))
         else:
             self._end_(model, args)
 

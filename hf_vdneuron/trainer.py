@@ -104,7 +104,7 @@ class VDTrainer(JudgingTrainer):
         self._honours_num_items: bool | None = None
         self._steering = Steering(max_length, lambda: self.num_data)
         self._keepsake = Keepsake()
-        self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score, self._choose)
+        self._phases = PhaseCallback(self._teacher, self._steering, self._means, self._score, self._cut_)
         if model is not None and is_supported(model):
             self._patch_(model)
         super().__init__(model=model, args=args, **kwargs)

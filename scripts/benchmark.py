@@ -40,7 +40,7 @@ from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.config import PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.one_shot import closed_form_mask, sparsify
+from hf_vdneuron.one_shot import sparsify
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.report import environment
 from hf_vdneuron.structure import dense_twin
@@ -177,12 +177,10 @@ def shrink_to_target(
         As `shrink`.
     """
     length = cell.settings.max_length
-    if method == CLOSED_FORM_ONE_SHOT:
-        return sparsify(model, cell.batches(model), target_speedup=target_speedup, max_length=length), 0, {}
+    if method in (CLOSED_FORM, CLOSED_FORM_ONE_SHOT):
+        model = sparsify(model, cell.batches(model), target_speedup=target_speedup, max_length=length)
+        return model, cell.settings.budget if method == CLOSED_FORM else 0, {}
     budget = speedup_budget(Costs(model, length=length), target_speedup)
-    if method == CLOSED_FORM:
-        prune_model_(model, closed_form_mask(model, cell.batches(model), budget))
-        return model, cell.settings.budget, {}
     gates = LEARNED_GATES[method](model, budget, cell.settings.sparsify_steps)
     prune_model_(model, cell.learn(model, gates))
     return model, cell.settings.recover_steps, {}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.curvature import Curvature, estimate_curvature
 from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.layers import VariationalLayer
 from hf_vdneuron.patching import patch_model_
 
 
@@ -69,15 +70,50 @@ def test_curvature_by_weights(model_and_curvature: tuple[PreTrainedModel, Curvat
 
 
 def test_curvature_by_scales(model_and_curvature: tuple[PreTrainedModel, Curvature]) -> None:
+    """While the scale of a reader moves, its bias keeps its mean outputs what they are."""
     model, curvature = model_and_curvature
     layers = variational_layers(model)
+    means = mean_inputs(model)
     expected = {name: torch.zeros_like(layer.group_scale) for name, layer in layers.items()}
     for loss, *_ in single_examples(model):
-        gradients = torch.autograd.grad(loss, [layer.group_scale for layer in layers.values()])
-        for name, gradient in zip(layers, gradients, strict=True):
-            expected[name] += gradient.square() / NUM_EXAMPLES
+        scales, biases = [layer.group_scale for layer in layers.values()], [layer.bias for layer in layers.values()]
+        gradients, by_bias = (torch.autograd.grad(loss, of, retain_graph=True) for of in (scales, biases))
+        for (name, layer), gradient, slope in zip(layers.items(), gradients, by_bias, strict=True):
+            expected[name] += without_mean(layer, gradient, slope, means[name]).square() / NUM_EXAMPLES
     for name, values in expected.items():
         torch.testing.assert_close(curvature.scales[name], values.detach(), rtol=1e-4, atol=1e-12)
+
+
+def without_mean(layer: VariationalLayer, by_scale: Tensor, by_bias: Tensor, mean_input: Tensor) -> Tensor:
+    """Slope along a scale and a bias that keeps the mean outputs of a reader of units, shape `(num_groups,)`."""
+    if not (isinstance(layer, nn.Linear) and layer.group_axis == 1):
+        return by_scale
+    by_feature = (by_bias @ layer.weight.detach()) * mean_input
+    return by_scale - by_feature.unflatten(0, (len(by_scale), -1)).sum(1)
+
+
+def mean_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Mean of what each layer reads where its outputs reach the loss."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in variational_layers(model)}
+    for loss, inputs, outputs in single_examples(model):
+        for (name, given), gradient in zip(
+            inputs.items(), torch.autograd.grad(loss, [*outputs.values()]), strict=True
+        ):
+            seen[name] += [x for x, delta in zip(given, gradient[0], strict=True) if delta.any()]
+    return {name: torch.stack(values).mean(0) for name, values in seen.items()}
+
+
+def test_what_a_neuron_says_always_its_reader_says_by_itself() -> None:
+    """A neuron with a constant output costs nothing, however large its weights are."""
+    model = tiny_bert()
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.weight[3] = 0
+        layer.intermediate.dense.bias[3] = 5
+        layer.output.dense.weight[:, 3] *= 100
+    curvature = estimate_curvature(patch_model_(model), [examples(0, NUM_EXAMPLES)])
+    scales = curvature.scales["bert.encoder.layer.0.output.dense"]
+    assert scales[3] < 1e-6 * scales.max()
 
 
 class WithLoss(nn.Module):
@@ -106,12 +142,17 @@ def test_curvature_of_convolutions_by_scales(convolutions: tuple[nn.Module, dict
     model, batch = convolutions
     curvature = estimate_curvature(model, [batch])
     layers = variational_layers(model)
+    seen = []
+    (last,) = (layer for layer in layers.values() if isinstance(layer, nn.Linear))
+    with last.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach())):
+        model(**batch)
     expected = {name: torch.zeros_like(layer.group_scale) for name, layer in layers.items()}
     for index in range(NUM_EXAMPLES):
         loss = model(**{name: values[index : index + 1] for name, values in batch.items()}).loss
-        gradients = torch.autograd.grad(loss, [layer.group_scale for layer in layers.values()])
-        for name, gradient in zip(layers, gradients, strict=True):
-            expected[name] += gradient.square() / NUM_EXAMPLES
+        scales, biases = [layer.group_scale for layer in layers.values()], [layer.bias for layer in layers.values()]
+        gradients, by_bias = (torch.autograd.grad(loss, of, retain_graph=True) for of in (scales, biases))
+        for (name, layer), gradient, slope in zip(layers.items(), gradients, by_bias, strict=True):
+            expected[name] += without_mean(layer, gradient, slope, seen[0].mean(0)).square() / NUM_EXAMPLES
     for name, values in expected.items():
         torch.testing.assert_close(curvature.scales[name], values.detach(), rtol=1e-4, atol=1e-12)
 

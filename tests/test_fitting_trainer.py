@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron import budget, fitting_trainer
+from hf_vdneuron import budget
 from hf_vdneuron.budget import Costs, units_left
 from hf_vdneuron.curvature import estimate_curvature
 from hf_vdneuron.elbo import variational_parameters
@@ -89,10 +89,9 @@ def test_a_loss_of_ones_own_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_examples", [8, 20])
-def test_only_so_many_examples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_examples: int) -> None:
-    monkeypatch.setattr(fitting_trainer, "NUM_EXAMPLES", num_examples)
+def test_only_so_many_examples_are_read(tmp_path: Path, num_examples: int) -> None:
     trainer = closed(tmp_path)
-    first, second = (torch.cat([batch["input_ids"] for batch in trainer._examples()]) for _ in range(2))
+    first, second = (torch.cat([batch["input_ids"] for batch in trainer._examples(num_examples)]) for _ in range(2))
     assert torch.equal(first, second)
     assert len(first) == num_examples
     every = {tuple(row["input_ids"].tolist()) for row in rows()}
