@@ -273,6 +273,8 @@ class Budget:
     def stages(self, now: float, least: float) -> list["Budget"]:
         """Come to the limit step by step, each of which leaves the same share of what can be removed.
 
+        Where next to nothing is to be left, the last step is a longer one.
+
         Args:
             now: Cost of what is there.
             least: Cost of what cannot be removed, below that.
@@ -280,9 +282,8 @@ class Budget:
         Returns:
             Budgets with falling limits; the last one is this.
         """
-        share = (self.limit - least) / (now - least)
-        steps = ceil(log(max(share, STAGE**-MAX_STAGES)) / -log(STAGE))
-        number = min(max(steps, 1), MAX_STAGES)
+        share = max((self.limit - least) / (now - least), STAGE**-MAX_STAGES)
+        number = max(ceil(-log(share) / log(STAGE)), 1)
         limits = [least + (now - least) * share ** (step / number) for step in range(1, number)]
         return [*(replace(self, limit=limit) for limit in limits), self]
 

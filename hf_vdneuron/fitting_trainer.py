@@ -21,11 +21,8 @@ from hf_vdneuron.sharding import dense_copy
 
 __all__ = ["FittingTrainer"]
 
-#: Training examples that the curvature of the loss is estimated on.
+#: Training examples that the curvature of the loss is estimated on, and that what is left is fitted to.
 NUM_EXAMPLES = 1024
-
-#: Those to which what is left is fitted by least squares: every sub-layer reads them anew.
-NUM_FITTED = 512
 
 
 class FittingTrainer(ResumableTrainer):
@@ -41,7 +38,7 @@ class FittingTrainer(ResumableTrainer):
             ValueError: If there is no training example.
         """
         posterior = patch_model_(dense_copy(self.model), self.vd_config)
-        own = estimate_curvature(posterior, self._examples(NUM_EXAMPLES), loss=self._loss)
+        own = estimate_curvature(posterior, self._examples(), loss=self._loss)
         # Each process has seen a share of the examples.
         curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
         return closed_form_evidence(posterior, curvature)
@@ -54,7 +51,7 @@ class FittingTrainer(ResumableTrainer):
         Args:
             dense: The model before that, without variational layers.
         """
-        batches = list(self._examples(NUM_FITTED))
+        batches = list(self._examples())
         # Each process has seen other examples.
         correct_(self.model, broadcast(corrections(self.model, dense, batches, forward=self._loss)))
 
@@ -64,17 +61,17 @@ class FittingTrainer(ResumableTrainer):
         Returns:
             Keyword arguments of a forward pass.
         """
-        (inputs,) = broadcast_object_list([few_rows(next(self._examples(NUM_EXAMPLES)))])
+        (inputs,) = broadcast_object_list([few_rows(next(self._examples()))])
         return cast(dict[str, Any], self._prepare_inputs(inputs))
 
-    def _examples(self, num_examples: int) -> Iterator[Mapping[str, Any]]:
+    def _examples(self) -> Iterator[Mapping[str, Any]]:
         """Read the same training examples each time, drawn at random where they can be."""
         data = cast(Any, self.train_dataset)
         if isinstance(data, Sized):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-            data = Subset(cast(Any, data), order[:num_examples].tolist())
+            data = Subset(cast(Any, data), order[:NUM_EXAMPLES].tolist())
         else:
-            data = list(islice(data, num_examples))
+            data = list(islice(data, NUM_EXAMPLES))
         # The Trainer keeps a loader whose workers live on, and would evaluate on its rows.
         persistent, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
         try:

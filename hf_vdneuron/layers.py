@@ -15,7 +15,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.experts import ExpertMatrix, find_module, set_weight_
-from hf_vdneuron.functional import PriorStatistics, add_whole_, local_reparameterization, second_moment, whole
+from hf_vdneuron.functional import PriorStatistics, local_reparameterization, second_moment, whole
 from hf_vdneuron.precision import at_least_float32, with_range_of_float32
 from hf_vdneuron.priors import Prior
 from hf_vdneuron.sublayers import Axis
@@ -157,22 +157,6 @@ class VariationalLayer(nn.Module):
             Outputs as the dense layer gives them.
         """
         return self._product(inputs, weight, None)
-
-    @torch.no_grad()
-    def add_to_mean_(self, change: Tensor) -> None:
-        """Move the posterior mean, in place; what a mask or a scale of 0 ends stays where it is.
-
-        Args:
-            change: What is added, in the shape of `weight`. Where that is kept in pieces, every process has to call
-                this with the same.
-        """
-        for axis in (self.group_axis, 1 - self.group_axis):
-            factor = self._factor(axis)
-            if factor is not None:
-                # The weight is what the factor multiplies.
-                divisor = torch.where(factor == 0, torch.inf, factor.to(change.dtype))
-                change = change / self._broadcast(divisor, axis)
-        add_whole_(self.weight, change)
 
     @torch.no_grad()
     def initial_statistics(self) -> PriorStatistics:

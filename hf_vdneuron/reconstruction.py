@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_vdneuron.architectures import find_sublayers
-from hf_vdneuron.functional import add_whole_
+from hf_vdneuron.functional import add_whole_, whole
 from hf_vdneuron.layers import DenseLayer, VariationalLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import read_mask
 from hf_vdneuron.pruning import prune_model_
@@ -40,6 +40,9 @@ Corrections = dict[str, dict[str, Tensor]]
 
 #: Runs a model on a batch; what it returns does not matter.
 Forward = Callable[[nn.Module, Mapping[str, Any]], object]
+
+#: Positions that are read for each input of a layer: with as many, a fit misses a sixteenth more than the best one.
+POSITIONS_PER_INPUT = 16
 
 #: How strongly weights are held where they were, relative to the variance of an input.
 RIDGE = 1e-2
@@ -66,7 +69,7 @@ def reconstruct_(
     Args:
         model: A pruned model; put into evaluation mode.
         dense: The model that it was cut from; likewise.
-        batches: Keyword arguments of a forward of both, labels not needed; read once per sub-layer.
+        batches: Keyword arguments of a forward of both, labels not needed; each sub-layer reads as many as it needs.
         ridge: How strongly weights are held where they were, above 0.
         forward: Runs a model on a batch; what it returns does not matter.
 
@@ -88,6 +91,8 @@ def reconstruct_(
         if sublayer.num_units and isinstance(reader, nn.Linear | Conv1D) and reader.bias is not None:
             moments = _Moments(reader)
             for batch in batches:
+                if moments.count >= POSITIONS_PER_INPUT * len(moments.input):
+                    break
                 made, wanted = (
                     _passes(*one, partial(forward, one[0], batch), sublayer.repeats)
                     for one in ((model, reader), (dense, original))
@@ -126,8 +131,8 @@ def corrections(
         if not any(change.any() for change in changes.values()):
             continue
         axis, features = feature_axis(reader, Axis.IN), part.features(mask.units_left(sublayer)).flatten()
-        whole = torch.zeros_like(dense_layer(dense, part.module).weight)
-        changes["weight"] = whole.index_copy_(axis, features.to(whole.device), changes["weight"])
+        everywhere = torch.zeros_like(dense_layer(dense, part.module).weight)
+        changes["weight"] = everywhere.index_copy_(axis, features.to(everywhere.device), changes["weight"])
         found[part.module] = changes
     return found
 
@@ -144,11 +149,14 @@ def correct_(model: nn.Module, corrections: Corrections) -> nn.Module:
         The same model.
     """
     for path, changes in corrections.items():
-        layer = dense_layer(model, path)
-        if isinstance(layer, VariationalLayer):
-            layer.add_to_mean_(changes["weight"])
-        else:
-            add_whole_(layer.weight, changes["weight"])
+        layer, change = dense_layer(model, path), changes["weight"]
+        if isinstance(layer, VariationalLayer) and layer.group_scale is not None:
+            # The weight is what the scale of its group multiplies; one of 0 has ended it.
+            scale = whole(layer.group_scale)[layer.prior.feature_group].to(change.dtype)
+            per_feature = [1] * change.ndim
+            per_feature[layer.group_axis] = -1
+            change = change / torch.where(scale == 0, torch.inf, scale).view(per_feature)
+        add_whole_(layer.weight, change)
         add_whole_(layer.bias, changes["bias"])  # type: ignore[arg-type]  # without a bias there is no correction
     return model
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
-from hf_vdneuron import budget
+from hf_vdneuron import budget, fitting_trainer
 from hf_vdneuron.budget import Costs, units_left
 from hf_vdneuron.curvature import estimate_curvature
 from hf_vdneuron.elbo import variational_parameters
@@ -89,9 +89,10 @@ def test_a_loss_of_ones_own_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_examples", [8, 20])
-def test_only_so_many_examples_are_read(tmp_path: Path, num_examples: int) -> None:
+def test_only_so_many_examples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_examples: int) -> None:
+    monkeypatch.setattr(fitting_trainer, "NUM_EXAMPLES", num_examples)
     trainer = closed(tmp_path)
-    first, second = (torch.cat([batch["input_ids"] for batch in trainer._examples(num_examples)]) for _ in range(2))
+    first, second = (torch.cat([batch["input_ids"] for batch in trainer._examples()]) for _ in range(2))
     assert torch.equal(first, second)
     assert len(first) == num_examples
     every = {tuple(row["input_ids"].tolist()) for row in rows()}
@@ -175,6 +176,44 @@ def test_another_run_goes_on_from_what_is_left(tmp_path: Path) -> None:
     trainer.train()
     assert speedup(trainer.model) >= 2 * TARGET
     assert not any((keep & ~first[path]).any() for path, keep in read_mask(trainer.model).keep.items())
+
+
+@torch.no_grad()
+def missed(model: nn.Module, dense: nn.Module) -> float:
+    """Squared difference of the logits on all rows."""
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    return (model.eval()(ids).logits - dense.eval()(ids).logits).square().sum().item()
+
+
+def test_what_is_left_makes_up_for_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    misses = []
+    for name in ("made up for", "only cut"):
+        # A step that hardly moves the model.
+        trainer = closed(tmp_path / name, finetune_fraction=1.0, recover_fraction=0.0, max_steps=1, learning_rate=1e-9)
+        trainer.train()
+        misses.append(missed(trainer.prune(), tiny_bert()))
+        monkeypatch.setattr(VDTrainer, "make_up_for_", lambda self, dense: None)
+    assert misses[0] < 0.7 * misses[1]
+
+
+@pytest.mark.parametrize(("target", "num_stages"), [(1.3, 1), (3.0, 2), (5.0, 3)])
+def test_a_far_target_is_reached_in_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: float, num_stages: int
+) -> None:
+    """Each of which is judged by what the ones before have left."""
+    reached, weigh = [], VDTrainer.closed_form_evidence
+
+    def note(trainer: VDTrainer) -> dict[str, Tensor]:
+        reached.append(speedup(trainer.model))
+        return weigh(trainer)
+
+    monkeypatch.setattr(VDTrainer, "closed_form_evidence", note)
+    trainer = closed(tmp_path, target_speedup=target)
+    trainer.train()
+    assert len(reached) == num_stages
+    assert reached[0] == 1
+    assert sorted(set(reached)) == reached
+    assert speedup(trainer.model) >= target
 
 
 ALIGNED = {"layout": "uniform", "round_heads_to": 2, "round_neurons_to": 4}

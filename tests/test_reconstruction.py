@@ -9,12 +9,17 @@ from models import batch, tiny_model
 from runs import rows, tiny_bert
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from zoo import logits, masks, zoo_batch, zoo_model
 
+from hf_vdneuron import reconstruction
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import dense_layer
-from hf_vdneuron.masks import RelevanceMask
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
-from hf_vdneuron.reconstruction import reconstruct_
+from hf_vdneuron.reconstruction import correct_, corrections, reconstruct_
+from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
@@ -126,3 +131,58 @@ def test_an_emptied_sub_layer_is_left_alone(family: str) -> None:
     prune_model_(pruned, RelevanceMask({sublayer.path: torch.zeros(2, sublayer.num_units, dtype=torch.bool)}))
     reconstruct_(pruned, dense, [batch()])
     assert all(parameter.isfinite().all() for parameter in pruned.parameters())
+
+
+# ---- Under a mask ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaled", [False, True], ids=["scales of 1", "scales of the posterior"])
+@pytest.mark.parametrize("row", ["bert", "gpt2", "albert", "deberta_v2", "vit", "qwen2_moe"])
+def test_a_masked_model_is_corrected_to_what_a_pruned_one_becomes(row: str, scaled: bool) -> None:
+    model = patch_model_(zoo_model(row)).eval()
+    if scaled:
+        for layer in variational_layers(model).values():
+            if layer.group_scale is not None:
+                layer.group_scale.uniform_(0.5, 1.5)
+    dense = dense_copy(model).eval()
+    data = [zoo_batch(model)]
+    mask_model_(model, masks(dense)["ragged"])
+    pruned = reconstruct_(prune_model_(dense_copy(model), read_mask(model)), dense, data)
+    before = logits(model)
+    found = corrections(model, dense, data)
+    assert torch.equal(logits(model), before)
+    correct_(model, found)
+    assert bool(found) == (row != "qwen2_moe")  # whose layers have no bias
+    assert bool(found) != torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), logits(pruned), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_scale_of_zero_stays_ended() -> None:
+    model = patch_model_(tiny_bert()).eval()
+    dense = dense_copy(model)
+    path = ffn_of(model).out_side.slices[0].module
+    layer = variational_layers(model)[path]
+    layer.group_scale[2] = 0
+    change = torch.ones_like(layer.weight)
+    correct_(model, {path: {"weight": change, "bias": torch.ones_like(layer.bias)}})
+    expected = dense_layer(dense, path).weight + change
+    expected[:, 2] = 0
+    torch.testing.assert_close(layer.mean, expected)
+
+
+def test_a_layer_reads_no_more_than_it_needs() -> None:
+    """The first that changes has 12 inputs left, and a batch 66 positions that are attended."""
+    dense, pruned = tiny_bert().eval(), tiny_bert().eval()
+    sublayer = find_sublayers(dense)[0]
+    without(pruned, sublayer, 1)
+    num_inputs = dense_layer(pruned, sublayer.out_side.slices[0].module).in_features
+    data = text_batches()
+    num_read = -(-reconstruction.POSITIONS_PER_INPUT * num_inputs // int(data[0]["attention_mask"].sum()))
+    assert 0 < num_read < len(data)
+    few, all_of_them = deepcopy(pruned), pruned
+    reconstruct_(few, dense, data[:num_read])
+    reconstruct_(all_of_them, dense, data)
+    path = sublayer.out_side.slices[0].module
+    assert torch.equal(dense_layer(few, path).weight, dense_layer(all_of_them, path).weight)
