@@ -173,12 +173,11 @@ def test_a_scale_of_zero_stays_ended() -> None:
 
 
 def test_a_layer_reads_no_more_than_it_needs() -> None:
-    """The first that changes has 12 inputs left, and a batch 66 positions that are attended."""
     dense, pruned = tiny_bert().eval(), tiny_bert().eval()
     sublayer = find_sublayers(dense)[0]
     without(pruned, sublayer, 1)
     num_inputs = dense_layer(pruned, sublayer.out_side.slices[0].module).in_features
-    data = text_batches()
+    data = text_batches(num_batches=12)
     num_read = -(-reconstruction.POSITIONS_PER_INPUT * num_inputs // int(data[0]["attention_mask"].sum()))
     assert 0 < num_read < len(data)
     few, all_of_them = deepcopy(pruned), pruned
