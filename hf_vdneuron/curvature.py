@@ -97,7 +97,7 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
 
     .. math:: H_g = \mathbb E_n \Big( \sum_{ij \in g} \mu_{ij} \sum_t \delta_{nti} (x_{ntj} - \bar x_j) \Big)^2
 
-    with the mean :math:`\bar x` over all positions that the loss depends on.
+    with the mean :math:`\bar x` over all positions that the loss depends on (11).
 
     Args:
         model: A patched model; put into evaluation mode.
@@ -113,7 +113,7 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
 
     References:
         Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022,
-        https://arxiv.org/abs/2204.09656, whose diagonal Fisher information of masks is :math:`H_g` on the out-side.
+        https://arxiv.org/abs/2204.09656, whose diagonal Fisher information of masks is :math:`H_g` on the out-side, with no bias to help.
     """
     model.eval()
     layers = variational_layers(model)

@@ -5,8 +5,8 @@ Around the weights of a fine-tuned model, removing unit :math:`i` raises the los
 
 .. math:: \Delta_i = \tfrac12 H_i
 
-to second order, with the curvature :math:`H_i` of the loss by the scale of what reads the unit, its bias being free
-(`curvature`). A unit that goes also takes the divergence of its weights along, which the prior had charged for it.
+to second order, with the curvature :math:`H_i` of the loss by the scale of what reads the unit, whose bias says what
+is constant (11). A unit that goes also takes the divergence of its weights along, which the prior had charged for it.
 
 References:
     Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992,
