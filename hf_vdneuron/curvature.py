@@ -113,7 +113,8 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
 
     References:
         Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022,
-        https://arxiv.org/abs/2204.09656, whose diagonal Fisher information of masks is :math:`H_g` on the out-side, with no bias to help.
+        https://arxiv.org/abs/2204.09656, whose diagonal Fisher information of masks is :math:`H_g` on the out-side,
+        with no bias to help.
     """
     model.eval()
     layers = variational_layers(model)
