@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list, gather, reduce
+from accelerate.utils import broadcast_object_list, gather, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -53,7 +53,8 @@ class FittingTrainer(ResumableTrainer):
         """
         batches = list(self._examples())
         # Each process has seen other examples.
-        correct_(self.model, broadcast(corrections(self.model, dense, batches, forward=self._loss)))
+        (found,) = broadcast_object_list([corrections(self.model, dense, batches, forward=self._loss)])
+        correct_(self.model, found)
 
     def example_inputs(self) -> dict[str, Any]:
         """Read a few training examples, the same on every process, so that all find the same in a model.

@@ -337,11 +337,12 @@ def add_whole_(tensor: Tensor, change: Tensor) -> Tensor:
 
     Args:
         tensor: Any tensor. If it is in pieces, every process has to call this.
-        change: What is added, the same in every process, in the shape of the whole tensor.
+        change: What is added, the same in every process, in the shape of the whole tensor, on any device.
 
     Returns:
         The same tensor.
     """
+    change = change.to(device=tensor.device, dtype=tensor.dtype)
     if isinstance(tensor, DTensor):
         change = distribute_tensor(change, tensor.device_mesh, tensor.placements)
-    return tensor.add_(change.to(tensor.dtype))
+    return tensor.add_(change)

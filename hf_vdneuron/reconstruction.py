@@ -117,7 +117,7 @@ def corrections(
         forward: Likewise.
 
     Returns:
-        The corrections, of readers that can be fitted alone.
+        The corrections, of readers that can be fitted alone, on the CPU.
     """
     mask = read_mask(model)
     pruned = prune_model_(dense_copy(model), mask)
@@ -133,7 +133,7 @@ def corrections(
         axis, features = feature_axis(reader, Axis.IN), part.features(mask.units_left(sublayer)).flatten()
         everywhere = torch.zeros_like(dense_layer(dense, part.module).weight)
         changes["weight"] = everywhere.index_copy_(axis, features.to(everywhere.device), changes["weight"])
-        found[part.module] = changes
+        found[part.module] = {name: change.cpu() for name, change in changes.items()}
     return found
 
 
@@ -152,7 +152,7 @@ def correct_(model: nn.Module, corrections: Corrections) -> nn.Module:
         layer, change = dense_layer(model, path), changes["weight"]
         if isinstance(layer, VariationalLayer) and layer.group_scale is not None:
             # The weight is what the scale of its group multiplies; one of 0 has ended it.
-            scale = whole(layer.group_scale)[layer.prior.feature_group].to(change.dtype)
+            scale = whole(layer.group_scale)[layer.prior.feature_group].to(change)
             per_feature = [1] * change.ndim
             per_feature[layer.group_axis] = -1
             change = change / torch.where(scale == 0, torch.inf, scale).view(per_feature)
