@@ -33,6 +33,9 @@ UnitCounts = Mapping[str, float]
 #: is worth something else once it has made up for what is gone (method: Without training).
 STAGE, MAX_STAGES = 1.75, 4
 
+#: By how much rounding may miss a whole number of stages.
+ROUNDING = 1e-6
+
 #: Sub-layers that take features from a layer, and which ones.
 _Losses = tuple[tuple[Sublayer, Slice], ...]
 
@@ -283,7 +286,7 @@ class Budget:
             Budgets with falling limits; the last one is this.
         """
         share = max((self.limit - least) / (now - least), STAGE**-MAX_STAGES)
-        number = max(ceil(-log(share) / log(STAGE)), 1)
+        number = max(ceil(-log(share) / log(STAGE) - ROUNDING), 1)
         limits = [least + (now - least) * share ** (step / number) for step in range(1, number)]
         return [*(replace(self, limit=limit) for limit in limits), self]
 

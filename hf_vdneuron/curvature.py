@@ -124,7 +124,8 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
     for batch in batches:
         calls, total, size = _forward(model, layers, batch, loss)
         # The loss of one example depends on its own activations only.
-        gradients = torch.autograd.grad(total, [call.outputs for call in calls])
+        # What nothing reads any more, behind an earlier cut, has no gradient.
+        gradients = torch.autograd.grad(total, [call.outputs for call in calls], materialize_grads=True)
         for call, gradient in zip(calls, gradients, strict=True):
             weights[call.path] += _squared(call, gradient)
             scores[call.path].add(call, gradient, first=count, batch_size=size)
@@ -133,7 +134,7 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
         raise ValueError("There is no batch: expected at least one, and a few hundred examples in all.")
     return Curvature(
         {path: total / count for path, total in weights.items()},
-        {path: its.value() for path, its in scores.items()},
+        {path: its.value(count) for path, its in scores.items()},
     )
 
 
@@ -187,9 +188,11 @@ class _Scores:
 
     def add(self, call: _Call, gradient: Tensor, *, first: int, batch_size: int) -> None:
         """Count a call in, for examples that begin with the one numbered `first`."""
-        mean = self.layer.mean.detach()
-        # In mixed precision they are narrower than the weights.
-        inputs, gradient = call.inputs.to(mean.dtype).requires_grad_(), gradient.to(mean.dtype)
+        # Narrower floats than those of the posterior neither hold sums over all positions nor differences of them.
+        mean, inputs, gradient = (
+            value.detach().to(self.layer.log_var.dtype) for value in (self.layer.mean, call.inputs, gradient)
+        )
+        inputs.requires_grad_()
         with torch.enable_grad():
             outputs = self.layer.multiply(inputs, mean)
         if self.reads:
@@ -197,11 +200,11 @@ class _Scores:
             signal = inputs.detach() * back
         else:
             signal = outputs.detach() * gradient
-        by_group = self.layer.prior.sum_groups(self._by_example(signal, batch_size)).to(self.layer.log_var.dtype)
+        by_group = self.layer.prior.sum_groups(self._by_example(signal, batch_size))
         self.by_group[first] = self.by_group[first] + by_group if first in self.by_group else by_group
         if self.is_centred:
             matters = gradient.ne(0).any(-1)
-            self.total = self.total.to(mean) + inputs.detach()[matters].sum(0)
+            self.total = self.total.to(inputs) + inputs.detach()[matters].sum(0)
             self.num_positions += int(matters.sum())
             slopes = self._by_example(back, batch_size)
             self.slopes[first] = self.slopes[first] + slopes if first in self.slopes else slopes
@@ -214,10 +217,12 @@ class _Scores:
             by_feature = by_feature.unflatten(0, (batch_size, len(by_feature) // batch_size)).sum(1)
         return by_feature
 
-    def value(self) -> Tensor:
+    def value(self, num_examples: int) -> Tensor:
         """Put all together, shape `(num_examples, num_groups)`."""
+        if not self.by_group:  # of a layer that no example comes to
+            return self.layer.log_var.new_zeros(num_examples, self.layer.prior.num_groups)
         scores = torch.cat(list(self.by_group.values()))
         if not (self.is_centred and self.num_positions):
             return scores
         constant = torch.cat(list(self.slopes.values())) * (self.total / self.num_positions)
-        return scores - self.layer.prior.sum_groups(constant).to(scores.dtype)
+        return scores - self.layer.prior.sum_groups(constant)

@@ -20,10 +20,10 @@ from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.curvature import Curvature
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.laplace import fit_posterior_
-from hf_vdneuron.layers import VariationalLayer
+from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.relevance import unit_relevance
 from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
-from hf_vdneuron.sublayers import Sublayer
+from hf_vdneuron.sublayers import Slice, Sublayer
 
 
 __all__ = ["closed_form_evidence", "unit_evidence"]
@@ -62,11 +62,19 @@ def unit_evidence(model: nn.Module, curvature: Curvature, *, num_data: float) ->
     for sublayer in find_sublayers(model):
         worth = torch.zeros(sublayer.num_units)
         # What reads a unit says most exactly what it is worth.
-        sides = [side.slices[0].module for side in reversed(sublayer.sides) if side.slices[0].module in layers]
+        sides = [
+            part.module for part in (side.slices[0] for side in reversed(sublayer.sides)) if _is_grouped(layers, part)
+        ]
         if sides:
             worth = num_data / 2 * curvature.scales[sides[0]].cpu() - _divergence(layers, sublayer)
         evidence[sublayer.path] = torch.where(alone[sublayer.path].isfinite(), worth, torch.inf)
     return evidence
+
+
+def _is_grouped(layers: dict[str, VariationalLayer], part: Slice) -> bool:
+    """Tell whether the units of a slice have scales in its layer: in a chain, a layer reads some and makes others."""
+    layer = layers.get(part.module)
+    return layer is not None and layer.group_axis == feature_axis(layer, part.axis)
 
 
 def _divergence(layers: dict[str, VariationalLayer], sublayer: Sublayer) -> Tensor:

@@ -51,10 +51,13 @@ class FittingTrainer(ResumableTrainer):
         Args:
             dense: The model before that, without variational layers.
         """
-        batches = list(self._examples())
-        # Each process has seen other examples.
-        (found,) = broadcast_object_list([corrections(self.model, dense, batches, forward=self._loss)])
-        correct_(self.model, found)
+        found = corrections(self.model, dense, list(self._examples()), forward=self._loss, pool=self._pool)
+        # To the last bit.
+        correct_(self.model, broadcast_object_list([found])[0])
+
+    def _pool(self, values: Tensor) -> Tensor:
+        """Add up what the processes have found in their shares of the examples."""
+        return cast(Tensor, reduce(values, "sum"))
 
     def example_inputs(self) -> dict[str, Any]:
         """Read a few training examples, the same on every process, so that all find the same in a model.

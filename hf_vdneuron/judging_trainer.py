@@ -104,11 +104,13 @@ class JudgingTrainer(FittingTrainer):
 
     def _relevance(self, is_first: bool = True) -> dict[str, Tensor]:
         """Measure what units are worth, by the posterior that the run has trained or in closed form."""
-        # A trained one is as good as new for the first cut only: behind it, the weights move on without it.
-        is_trained = self.plan.sparsify_steps > 0 and is_first
-        relevance = unit_relevance(self.model) if is_trained else self.closed_form_evidence()
+        relevance = unit_relevance(self.model) if self._is_trained(is_first) else self.closed_form_evidence()
         # Every process has to remove the same.
         return cast(dict[str, Tensor], broadcast_object_list([relevance])[0])
+
+    def _is_trained(self, is_first: bool) -> bool:
+        """Tell whether there is a trained posterior: behind the first cut, the weights move on without it."""
+        return self.plan.sparsify_steps > 0 and is_first
 
     def _choose(self) -> RelevanceMask:
         """Decide what is kept of what is left, by a target or the rule."""
@@ -123,13 +125,14 @@ class JudgingTrainer(FittingTrainer):
             self._mask_(self._choose())
             return
         dense = dense_copy(self.model)
-        for budget in self._steering.stages():
+        for budget in self._steering.stages(self.args.alignment):
             present = read_mask(self.model)
-            self._mask_(self._steering.mask(self._relevance(), self.args, present=present, budget=budget), dense)
+            mask = self._steering.mask(self._relevance(), self.args, present=present, budget=budget)
+            self._mask_(mask, dense=dense)
 
-    def _mask_(self, mask: RelevanceMask, dense: nn.Module | None = None) -> None:
+    def _mask_(self, mask: RelevanceMask, is_first: bool = True, *, dense: nn.Module | None = None) -> None:
         """Mask the model; in closed form, what is left makes up for it, to do as the dense one did or it itself."""
-        if self.plan.sparsify_steps > 0:
+        if self._is_trained(is_first):
             mask_model_(self.model, mask)
         else:
             dense = dense_copy(self.model) if dense is None else dense

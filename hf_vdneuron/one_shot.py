@@ -80,7 +80,9 @@ def sparsify(
     budget.require_reachable(least)
     # What was trained stays as it is: the posterior only says what goes.
     pruned = deepcopy(dense)
-    for stage in budget.stages(budget.cost({}), budget.cost(least)):
+    stages = budget.stages(budget.cost({}), budget.cost(least))
+    # Where many units go at once, stages would overshoot.
+    for stage in stages if alignment == FREE else stages[-1:]:
         left = replace(BUDGETS[name](Costs(pruned, length=max_length), value), limit=stage.limit)
         if left.cost({}) > left.limit:  # the stage before may have come further than it had to
             prune_model_(pruned, _choose(pruned, batches, left, vd_config, alignment))

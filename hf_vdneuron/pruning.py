@@ -23,6 +23,7 @@ from hf_vdneuron.layers import DenseLayer, dense_layer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.modeling_vdneuron_structure import FEATURE_COUNTS, rescale_epsilon_, takes_bias_per_head
 from hf_vdneuron.patching import unpatch_model_
+from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.structure import as_pruned_model_
 from hf_vdneuron.sublayers import Axis, Role, Slice, Sublayer
 
@@ -73,6 +74,7 @@ def prunes_exactly(model: PreTrainedModel, mask: RelevanceMask, inputs: Mapping[
         OutOfMemoryError: If there is none for it.
     """
     trial = cast(PreTrainedModel, unpatch_model_(mask_model_(deepcopy(model), mask)).float().eval())
+    leave_mixed_precision_(trial)
     trial.config.output_attentions = False  # which are those of the heads left
     masked = [value.clone() for value in tensors_in(run_alike(trial, inputs))]
     try:

@@ -16,6 +16,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -44,8 +45,19 @@ Forward = Callable[[nn.Module, Mapping[str, Any]], object]
 #: Positions that are read for each input of a layer: with as many, a fit misses a sixteenth more than the best one.
 POSITIONS_PER_INPUT = 16
 
+#: Positions that are read at least, for the mean.
+LEAST_POSITIONS = 1024
+
 #: How strongly weights are held where they were, relative to the variance of an input.
 RIDGE = 1e-2
+
+
+#: Adds up a tensor over all processes.
+Pool = Callable[[Tensor], Tensor]
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> object:
@@ -60,11 +72,13 @@ def reconstruct_(
     *,
     ridge: float = RIDGE,
     forward: Forward = _run,
+    pool: Pool = _alone,
 ) -> nn.Module:
     """Fit the layers that read heads and neurons anew, one after the other from the input to the output, in place.
 
-    Sub-layers ahead of the first that lost something, with nothing left, without a bias to correct, or read by a
-    convolution stay as they are.
+    Sub-layers ahead of the first that lost something stay as they are, and so do those without a bias to correct,
+    those that a convolution reads, and those that lost nothing and that the batches do not come to. Where nothing is
+    left of one, its bias is fitted: the layer is not called any more.
 
     Args:
         model: A pruned model; put into evaluation mode.
@@ -72,41 +86,58 @@ def reconstruct_(
         batches: Keyword arguments of a forward of both, labels not needed; each sub-layer reads as many as it needs.
         ridge: How strongly weights are held where they were, above 0.
         forward: Runs a model on a batch; what it returns does not matter.
+        pool: Adds up a tensor of sums over all processes.
 
     Returns:
         The pruned model.
 
     Raises:
-        ValueError: If there is no attended position, or a batch does not come to every sub-layer.
+        ValueError: If no attended position of any batch comes to a sub-layer that lost something.
     """
     model.eval()
     dense.eval()
     has_changed = False
     for sublayer, complete in zip(find_sublayers(model), find_sublayers(dense), strict=True):
-        has_changed |= sublayer.num_units < complete.num_units
-        if not has_changed:
-            continue
-        part = sublayer.out_side.slices[0]
-        reader, original = dense_layer(model, part.module), dense_layer(dense, part.module)
-        if sublayer.num_units and isinstance(reader, nn.Linear | Conv1D) and reader.bias is not None:
+        has_lost = sublayer.num_units < complete.num_units
+        has_changed |= has_lost
+        reader, original = _reader(model, sublayer), _reader(dense, complete)
+        if has_changed and _can_be_fitted(reader, original):
             moments = _Moments(reader)
             for batch in batches:
-                if moments.count >= POSITIONS_PER_INPUT * len(moments.input):
+                if moments.count >= max(POSITIONS_PER_INPUT * len(moments.input), LEAST_POSITIONS):
                     break
-                made, wanted = (
-                    _passes(*one, partial(forward, one[0], batch), sublayer.repeats)
-                    for one in ((model, reader), (dense, original))
+                wanted = _passes(original, partial(forward, dense, batch), sublayer.repeats)
+                made = (
+                    _passes(reader, partial(forward, model, batch), sublayer.repeats) if sublayer.num_units else wanted
                 )
                 for (inputs, _), (_, outputs) in zip(made, wanted, strict=True):
-                    attended = _attended(batch, inputs)
-                    moments.add(inputs[attended], outputs[attended])
-            moments.solve_(reader, ridge)
+                    attended = _attended(batch, outputs)
+                    moments.add(inputs[attended][:, : len(moments.input)], outputs[attended])
+            moments.pool_(pool)
+            if moments.count:
+                moments.solve_(reader, ridge)
+            elif has_lost:
+                raise ValueError(
+                    f"No attended position of any batch comes to {reader}, which has lost something: expected batches "
+                    "that the whole model reads, and that can be read many times."
+                )
     return model
+
+
+def _can_be_fitted(reader: DenseLayer, original: DenseLayer) -> bool:
+    """Tell whether a layer has a bias and all its outputs; in a chain, the next cut may have taken some."""
+    is_linear = isinstance(reader, nn.Linear | Conv1D) and isinstance(original, nn.Linear | Conv1D)
+    return is_linear and reader.bias is not None and len(_weight(reader)) == len(_weight(original))
 
 
 @torch.no_grad()
 def corrections(
-    model: nn.Module, dense: nn.Module, batches: Sequence[Mapping[str, Any]], *, forward: Forward = _run
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    forward: Forward = _run,
+    pool: Pool = _alone,
 ) -> Corrections:
     """Find what a masked model would gain by being reconstructed, by a copy of it that is cut.
 
@@ -115,6 +146,7 @@ def corrections(
         dense: The model before it was masked; put into evaluation mode.
         batches: As `reconstruct_` takes them.
         forward: Likewise.
+        pool: Likewise.
 
     Returns:
         The corrections, of readers that can be fitted alone, on the CPU.
@@ -123,7 +155,7 @@ def corrections(
     pruned = prune_model_(dense_copy(model), mask)
     readers = {part.path: _reader(pruned, part) for part in find_sublayers(pruned)}
     before = {path: deepcopy(dict(reader.named_parameters())) for path, reader in readers.items()}
-    reconstruct_(pruned, dense, batches, forward=forward)
+    reconstruct_(pruned, dense, batches, forward=forward, pool=pool)
     found: Corrections = {}
     for sublayer in find_sublayers(model):
         part, reader = sublayer.out_side.slices[0], readers[sublayer.path]
@@ -176,11 +208,12 @@ class _Moments:
     def __init__(self, reader: DenseLayer) -> None:
         weight = _weight(reader)
         num_outputs, num_inputs = weight.shape
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which it does not have
         self.count = 0
-        self.input = weight.new_zeros(num_inputs, dtype=torch.float64)
-        self.output = weight.new_zeros(num_outputs, dtype=torch.float64)
-        self.input_input = weight.new_zeros(num_inputs, num_inputs, dtype=torch.float64)
-        self.input_output = weight.new_zeros(num_inputs, num_outputs, dtype=torch.float64)
+        self.input = weight.new_zeros(num_inputs, dtype=wide)
+        self.output = weight.new_zeros(num_outputs, dtype=wide)
+        self.input_input = weight.new_zeros(num_inputs, num_inputs, dtype=wide)
+        self.input_output = weight.new_zeros(num_inputs, num_outputs, dtype=wide)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Count positions in, shapes `(num_positions, num_inputs)` and `(num_positions, num_outputs)`."""
@@ -191,15 +224,19 @@ class _Moments:
         self.input_input += inputs.t() @ inputs
         self.input_output += inputs.t() @ outputs
 
+    def pool_(self, pool: Pool) -> None:
+        """Add up what all processes have counted."""
+        self.count = int(pool(torch.tensor(self.count, device=self.input.device)).item())
+        for name in ("input", "output", "input_input", "input_output"):
+            setattr(self, name, pool(getattr(self, name)))
+
     def solve_(self, reader: DenseLayer, ridge: float) -> None:
         """Give the layer the weights and the bias that fit best."""
-        if self.count == 0:
-            raise ValueError("There is no attended position to fit to: expected batches that can be read many times.")
         mean_input, mean_output = self.input / self.count, self.output / self.count
         covariance = self.input_input / self.count - torch.outer(mean_input, mean_input)
         crossed = self.input_output / self.count - torch.outer(mean_input, mean_output)
         held = ridge * covariance.diagonal().mean()
-        before = _weight(reader).double().t()
+        before = _weight(reader).to(covariance.dtype).t()
         identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
         # Inputs that never vary say nothing of their weights.
         weight = torch.linalg.solve(covariance + held * identity, crossed + held * before) if held > 0 else before
@@ -216,10 +253,8 @@ class _Reached(Exception):  # no error: it ends a forward where all that was ask
     """What went into a layer, and what came out of it, is known for all of its passes."""
 
 
-def _passes(
-    model: nn.Module, layer: DenseLayer, run: Callable[[], object], repeats: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Run a batch as far as the last pass through a layer, and catch what goes into it and what comes out."""
+def _passes(layer: DenseLayer, run: Callable[[], object], repeats: int) -> list[tuple[Tensor, Tensor]]:
+    """Run a model as far as the last pass through a layer; return what goes in and comes out, pass by pass."""
     passes: list[tuple[Tensor, Tensor]] = []
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
@@ -227,14 +262,9 @@ def _passes(
         if len(passes) == repeats:
             raise _Reached
 
-    with layer.register_forward_hook(catch):
-        try:
-            run()
-        except _Reached:
-            return passes
-    raise ValueError(
-        f"A forward of `{type(model).__name__}` never comes to `{layer}`: expected batches that it reads."
-    )
+    with layer.register_forward_hook(catch), suppress(_Reached):
+        run()
+    return passes
 
 
 def _attended(batch: Mapping[str, Any], inputs: Tensor) -> Tensor:

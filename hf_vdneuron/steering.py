@@ -27,7 +27,7 @@ from hf_vdneuron.schedules import (
     removal_path,
     steer_kl_weight,
 )
-from hf_vdneuron.selection import irremovable_units, keep_within
+from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
 from hf_vdneuron.sublayers import Sublayer
 from hf_vdneuron.targets import target_budget
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -215,8 +215,11 @@ class Steering:
 
     # ---- Arriving ----
 
-    def stages(self) -> list[Budget]:
+    def stages(self, alignment: Alignment) -> list[Budget]:
         """Divide the way to the target of a run.
+
+        Args:
+            alignment: Which numbers of units may be kept. Where many go at once, stages would overshoot: there is one.
 
         Returns:
             What may be kept after each stage.
@@ -225,7 +228,8 @@ class Steering:
             RuntimeError: If no run has begun, or it has no target.
         """
         course = self._on_course()
-        return course.budget.stages(course.budget.cost(course.present), course.least)
+        stages = course.budget.stages(course.budget.cost(course.present), course.least)
+        return stages if alignment == FREE else stages[-1:]
 
     def mask(
         self,

@@ -104,7 +104,7 @@ class ToleranceCallback(TrainerCallback):
         dense: Function that looks up what the dense model was judged by it, None if it was not.
         relevance: Function `(is_first) -> relevance` that measures what units are worth. A trained posterior is good
             for the first size.
-        mask: Function that masks the model.
+        mask: Function `(mask, is_first) -> None` that masks the model.
         log: Function that logs metrics of the model.
         on_size: Function `(speedup) -> None` that is told of every size that is good enough, while the model has it.
     """
@@ -117,7 +117,7 @@ class ToleranceCallback(TrainerCallback):
         judge: Callable[[], float],
         dense: Callable[[], float | None],
         relevance: Callable[[bool], Mapping[str, Tensor]],
-        mask: Callable[[RelevanceMask], None],
+        mask: Callable[[RelevanceMask, bool], None],
         log: Callable[[dict[str, float]], None],
         on_size: Callable[[float], None],
     ) -> None:
@@ -206,7 +206,8 @@ class ToleranceCallback(TrainerCallback):
             self._judge_size_(model, args)
         if number < args.num_sizes:
             relevance, share = self.relevance(number == 0), self.keepsake.next_share
-            self.mask(size_mask(model, relevance, share, length=self.length, alignment=args.alignment))
+            mask = size_mask(model, relevance, share, length=self.length, alignment=args.alignment)
+            self.mask(mask, number == 0)
         else:
             self._end_(model, args)
 

@@ -11,12 +11,16 @@ from runs import rows, tiny_bert
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from zoo import zoo_batch, zoo_model
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.curvature import Curvature, estimate_curvature
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.layers import VariationalLayer
+from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.pruning import prune_model_
 
 
 NUM_EXAMPLES = 6
@@ -200,3 +204,30 @@ def test_activations_in_place_do_not_disturb(convolutions: tuple[nn.Module, dict
 def test_data_without_a_loss_is_refused(batches: list[dict[str, Tensor]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_curvature(patched(), batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_weights_hold_wide_sums(dtype: torch.dtype) -> None:
+    """A neuron that always says a lot must not drown what it says now and then."""
+    model = tiny_bert()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.bias += 8
+    narrow = model.to(dtype)
+    wide = deepcopy(narrow).float()
+    batches = [examples(0, NUM_EXAMPLES)] * 40
+    found, expected = (estimate_curvature(patch_model_(one), batches).scales for one in (narrow, wide))
+    for name, values in expected.items():
+        assert torch.corrcoef(torch.stack([found[name], values]))[0, 1] > 0.98
+
+
+def test_what_nothing_reads_has_no_curvature() -> None:
+    """Behind a decoder without cross-attention, nothing in the encoder matters."""
+    model = zoo_model("t5")
+    sublayers = find_sublayers(model)
+    cross = {part.path: torch.zeros(2, part.num_units, dtype=torch.bool) for part in sublayers if "cross" in part.path}
+    assert cross
+    prune_model_(model, RelevanceMask(cross))
+    curvature = estimate_curvature(patch_model_(model), [zoo_batch(model)])
+    for path, values in curvature.scales.items():
+        assert path.startswith("encoder") == (values.max().item() == 0)

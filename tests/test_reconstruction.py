@@ -119,18 +119,54 @@ def test_inputs_that_never_vary_say_nothing() -> None:
 def test_batches_without_a_position_are_refused() -> None:
     dense = tiny_bert().eval()
     pruned = without(deepcopy(dense), ffn_of(dense), 0)
-    with pytest.raises(ValueError, match="no attended position"):
+    with pytest.raises(ValueError, match="No attended position of any batch comes to Linear"):
         reconstruct_(pruned, dense, [])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
-def test_an_emptied_sub_layer_is_left_alone(family: str) -> None:
+def test_an_emptied_sub_layer_says_what_it_said_on_average(family: str) -> None:
     dense, pruned = tiny_model(family).eval(), tiny_model(family).eval()
     sublayer = ffn_of(dense)
     prune_model_(pruned, RelevanceMask({sublayer.path: torch.zeros(2, sublayer.num_units, dtype=torch.bool)}))
+    said = []
+    path = sublayer.out_side.slices[0].module
+    with dense_layer(dense, path).register_forward_hook(lambda _, given, made: said.append(made)):
+        dense(**batch())
     reconstruct_(pruned, dense, [batch()])
-    assert all(parameter.isfinite().all() for parameter in pruned.parameters())
+    mean = said[0][batch()["attention_mask"].bool()].mean(0)
+    torch.testing.assert_close(dense_layer(pruned, path).bias, mean, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_no_batch_comes_to_stays_as_it_is() -> None:
+    dense = zoo_model("clip")
+    text = [sublayer for sublayer in find_sublayers(dense) if sublayer.path.startswith("text")]
+    pruned = without(deepcopy(dense), text[0], 0)
+    before = deepcopy(pruned.state_dict())
+
+    def text_alone(model: PreTrainedModel, given: dict[str, Tensor]) -> object:
+        return model.text_model(input_ids=given["input_ids"])
+
+    reconstruct_(pruned, dense, [zoo_batch(dense)], forward=text_alone)
+    changed = {name for name, value in pruned.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("text_model") for name in changed)
+
+
+@torch.no_grad()
+def test_a_layer_of_a_chain_that_is_cut_itself_stays_as_it_is() -> None:
+    model = patch_model_(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 2)))
+    dense = dense_copy(model)
+    keep = {part.path: torch.ones(2, part.num_units, dtype=torch.bool) for part in find_sublayers(model)}
+    for mask in keep.values():
+        mask[1, :3] = False
+    mask_model_(model, RelevanceMask(keep))
+    data = [{"input": torch.randn(300, 8)}]
+    found = corrections(model, dense, data)
+    assert [*found] == ["4"]
+    error = (model(**data[0]) - dense(**data[0])).square().sum()
+    assert (correct_(model, found)(**data[0]) - dense(**data[0])).square().sum() < error
 
 
 # ---- Under a mask ----
@@ -172,7 +208,8 @@ def test_a_scale_of_zero_stays_ended() -> None:
     torch.testing.assert_close(layer.mean, expected)
 
 
-def test_a_layer_reads_no_more_than_it_needs() -> None:
+def test_a_layer_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "LEAST_POSITIONS", 1)
     dense, pruned = tiny_bert().eval(), tiny_bert().eval()
     sublayer = find_sublayers(dense)[0]
     without(pruned, sublayer, 1)
