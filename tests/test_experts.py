@@ -9,11 +9,10 @@ import pytest
 import torch
 from runs import CHECKPOINTING
 from test_modeling_vdneuron_structure import refuse, skeleton
-from test_zoo import TOLERANCE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from zoo import ROWS, logits, masks, zoo_batch, zoo_model
+from zoo import ROWS, TOLERANCE, logits, masks, zoo_batch, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs, unit_counts, units_left

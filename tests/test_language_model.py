@@ -22,6 +22,7 @@ from transformers import (
 from vocabularies import sentences, small_tokenizer
 
 import hf_vdneuron
+from hf_vdneuron.budget import units_left
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -76,16 +77,18 @@ def perplexities(table: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"perplexity,? ([\w ,-]+?)  +([\d.]+)\n", table)}
 
 
-@pytest.mark.parametrize(("layout", "is_ordinary"), [("free", False), ("uniform", True)])
+@pytest.mark.parametrize("layout", ["free", "uniform"])
 def test_a_language_model_is_cut_scored_saved_and_writes(
-    layout: str, is_ordinary: bool, llama: Path, capsys: pytest.CaptureFixture[str]
+    layout: str, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     language_model.main(flags(llama, "--layout", layout, "--prompt", "the"))
     printed = capsys.readouterr().out
     found = perplexities(printed)
     assert list(found) == ["pretrained", "fine-tuned", "right after the cut", "in the end"]
     model = hf_vdneuron.from_pretrained(llama / "out")
-    assert (type(model) is LlamaForCausalLM) == is_ordinary
+    are_alike = all(len(set(counts)) == 1 for counts in units_left(model).values())
+    assert are_alike or layout == "free"
+    assert (type(model) is LlamaForCausalLM) == are_alike
     assert printed.rpartition("\n\n")[2].startswith("the")
     tokenizer = AutoTokenizer.from_pretrained(llama / "llama")
     arguments = language_model.TextArguments(str(llama / "llama"), llama / "text.txt", block_length=16)

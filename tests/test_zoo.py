@@ -15,7 +15,20 @@ from models import trained_posterior_
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
-from zoo import INSTALLED, ROWS, SINCE, any_mask, attentions, auto_class, logits, masks, zoo_batch, zoo_model
+from zoo import (
+    INSTALLED,
+    ROWS,
+    SINCE,
+    TOLERANCE,
+    any_mask,
+    assert_alike,
+    attentions,
+    auto_class,
+    logits,
+    masks,
+    zoo_batch,
+    zoo_model,
+)
 
 from hf_vdneuron.architectures import ARCHITECTURES, find_sublayers
 from hf_vdneuron.budget import Costs, speedup, unit_counts
@@ -32,7 +45,6 @@ from hf_vdneuron.relevance import relevance_mask
 from hf_vdneuron.sublayers import Role, Unit
 
 
-TOLERANCE = 1e-5  # float32, as promised
 LENGTH = 8
 QUERIES_AND_KEYS = (Role.QUERY, Role.KEY)
 
@@ -82,7 +94,7 @@ def test_pruned_equals_masked(row: str) -> None:
             expected = logits(masked)
             assert (expected - before).abs().max() > 0.01, (name, attention)
             pruned = prune_model_(masked, mask)
-            torch.testing.assert_close(logits(pruned), expected, rtol=0, atol=TOLERANCE, msg=f"{name} {attention}")
+            assert_alike(logits(pruned), expected, f"{name} {attention}")
 
 
 @rows
@@ -92,7 +104,7 @@ def test_pruned_equals_masked_for_any_mask(row: str, seed: int) -> None:
     dense = zoo_model(row)
     mask = any_mask(dense, seed)
     expected = logits(mask_model_(deepcopy(dense), mask))
-    torch.testing.assert_close(logits(prune_model_(dense, mask)), expected, rtol=0, atol=TOLERANCE)
+    assert_alike(logits(prune_model_(dense, mask)), expected)
 
 
 @rows

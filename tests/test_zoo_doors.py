@@ -14,7 +14,7 @@ from strangers import WITHOUT_THE_PACKAGE
 from test_persistence import state
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
-from zoo import INSTALLED, ROWS, answer, auto_class, logits, masks, zoo_batch, zoo_model
+from zoo import INSTALLED, ROWS, answer, assert_alike, auto_class, logits, masks, zoo_batch, zoo_model
 
 import hf_vdneuron
 from hf_vdneuron import allow_plain_loading_, prune_model_
@@ -35,6 +35,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)
+
+def alike(logits, expected):  # kernels may add in another order in another process
+    return bool((logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max().item()))
+
 found = {}
 for row, auto in json.loads(sys.argv[2]).items():
     folder = Path(sys.argv[1], row)
@@ -46,7 +50,7 @@ for row, auto in json.loads(sys.argv[2]).items():
     with torch.no_grad():
         output = model(**answers)
     logits = output["logits" if "logits" in output else "logits_per_image"]
-    found[row] = [sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), torch.equal(logits, expected)]
+    found[row] = [sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), alike(logits, expected)]
 print(json.dumps(found))
 """
 )
@@ -98,7 +102,7 @@ def test_with_the_package(row: str, door: str, folder: Path) -> None:
     model = pruned(row)
     assert len(list((folder / row).glob("*.safetensors"))) > 1
     assert state(loaded) == state(model)
-    assert torch.equal(logits(loaded), logits(model))
+    assert_alike(logits(loaded), logits(model))
     assert find_sublayers(loaded) == find_sublayers(model)
 
 

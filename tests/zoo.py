@@ -29,6 +29,9 @@ from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.sublayers import Unit
 
 
+#: How far float32 computations of the same output may lie apart, as promised.
+TOLERANCE = 1e-5
+
 HEADS, KEYS, NEURONS, VOCABULARY, TOKENS = 4, 2, 24, 40, 6
 
 TEXT = {
@@ -304,6 +307,12 @@ def zoo_batch(model: PreTrainedModel) -> dict[str, Any]:
 def answer(output: ModelOutput) -> Tensor:
     """What a model says, by whichever name."""
     return output["logits" if "logits" in output else "logits_per_image"]
+
+
+def assert_alike(found: Tensor, expected: Tensor, message: str | None = None) -> None:
+    """Check that outputs are the same but for rounding: in float64 they are, and 1e-5 of the largest is not much."""
+    tolerance = TOLERANCE * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, msg=message)
 
 
 @torch.no_grad()
