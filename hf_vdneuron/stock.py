@@ -8,6 +8,7 @@ from itertools import islice, product
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -132,8 +133,10 @@ def _build(model: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel 
     try:
         for name, number in sizes.items():
             setattr(config, name, number)
+        # What is read from a file is checked, what is set is not.
+        config = type(config).from_dict(config.to_dict())
         return skeleton(native_class(type(model)), config)
-    except _UNSUITABLE:
+    except (*_UNSUITABLE, StrictDataclassError):
         return None
 
 

@@ -182,7 +182,18 @@ def test_a_real_llama_stays_an_ordinary_one_and_writes_the_same_with_and_without
     """Sixty steps: far from trained, but far better than before, and worse only by what was cut."""
     (tmp_path / "text.txt").write_text(REAL_TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     (tmp_path / "llama").symlink_to(REAL_MODEL)
-    more = ["--layout", "uniform", "--round_neurons_to", "4", "--max_steps", "60", "--learning_rate", "2e-3"]
+    more = [
+        "--layout",
+        "uniform",
+        "--round_heads_to",
+        "2",
+        "--round_neurons_to",
+        "4",
+        "--max_steps",
+        "60",
+        "--learning_rate",
+        "2e-3",
+    ]
     language_model.main(flags(tmp_path, *more, "--prompt", "KING:"))
     found = perplexities(capsys.readouterr().out)
     assert found["fine-tuned"] < found["in the end"] < 0.8 * found["right after the cut"]

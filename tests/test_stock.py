@@ -10,6 +10,7 @@ import pytest
 import torch
 from strangers import WITHOUT_THE_PACKAGE
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ROWS, assert_alike, auto_class, logits, masks, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
@@ -96,6 +97,23 @@ def test_a_stranger_loads_them_all(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", STRANGER, json.dumps(jobs)], check=True, cwd=tmp_path)
     for row, said in expected.items():
         assert_alike(torch.load(tmp_path / row / "logits.pt", weights_only=True), said, row)
+
+
+def test_a_number_that_no_config_may_have_stays_in_the_structure(tmp_path: Path) -> None:
+    """A llama of width 16 with 3 heads is refused when its config is read."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "vocab_size": 20}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes)).eval()
+    keep = {}
+    for sublayer in find_sublayers(model):
+        keep[sublayer.path] = torch.ones(2, sublayer.num_units, dtype=torch.bool)
+        keep[sublayer.path][1, 0] = sublayer.unit is not Unit.HEAD
+    pruned = prune_model_(model, RelevanceMask(keep))
+    assert set(units_left(pruned)[Unit.HEAD]) == {3}
+    assert isinstance(pruned, PrunedModel)
+    pruned.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert_alike(from_pretrained(tmp_path)(ids).logits, pruned(ids).logits)
 
 
 def test_a_ragged_model_becomes_stock_when_it_is_cut_to_one_size() -> None:
