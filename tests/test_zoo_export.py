@@ -17,6 +17,12 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
 
+#: Rows that are no ONNX, pruned or not, and why.
+NO_ONNX = {
+    "falcon_alibi": "onnxruntime multiplies no bfloat16, in which Falcon makes its alibi",
+    **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe"], "grouped matrix products have no form in ONNX"),
+}
+
 rows = pytest.mark.parametrize("row", ROWS)
 
 
@@ -59,6 +65,8 @@ def test_torch_export(row: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch about itself
 def test_onnx(row: str, tmp_path: Path) -> None:
+    if row in NO_ONNX:
+        pytest.skip(NO_ONNX[row])
     onnxruntime = pytest.importorskip("onnxruntime")
     model, inputs = exportable(row)
     file = tmp_path / "model.onnx"
