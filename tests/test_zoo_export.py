@@ -48,7 +48,7 @@ def exportable(row: str) -> tuple[nn.Module, dict[str, Tensor]]:
     }
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = torch.ones(2, 3, dtype=torch.long)
-    return Answer(model), inputs
+    return Answer(model).eval(), inputs
 
 
 @rows
