@@ -2,8 +2,8 @@
 """What a structure costs, and what it may cost."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import ceil, inf, log, prod
+from dataclasses import dataclass
+from math import inf, prod
 
 from torch import nn
 
@@ -28,13 +28,6 @@ __all__ = [
 
 #: Path of a sub-layer -> units left in it; not whole where it is an expectation. Those that are missing are complete.
 UnitCounts = Mapping[str, float]
-
-#: How many times smaller what can be removed gets in one stage, at most, and in how many stages at most: what is left
-#: is worth something else once it has made up for what is gone (method: Without training).
-STAGE, MAX_STAGES = 1.75, 4
-
-#: By how much rounding may miss a whole number of stages.
-ROUNDING = 1e-6
 
 #: Sub-layers that take features from a layer, and which ones.
 _Losses = tuple[tuple[Sublayer, Slice], ...]
@@ -272,23 +265,6 @@ class Budget:
     limit: float
     achieved: Callable[[float], float]
     digits: str = ".4g"
-
-    def stages(self, now: float, least: float) -> list["Budget"]:
-        """Come to the limit step by step, each of which leaves the same share of what can be removed.
-
-        Where next to nothing is to be left, the last step is a longer one.
-
-        Args:
-            now: Cost of what is there.
-            least: Cost of what cannot be removed, below that.
-
-        Returns:
-            Budgets with falling limits; the last one is this.
-        """
-        share = max((self.limit - least) / (now - least), STAGE**-MAX_STAGES)
-        number = max(ceil(-log(share) / log(STAGE) - ROUNDING), 1)
-        limits = [least + (now - least) * share ** (step / number) for step in range(1, number)]
-        return [*(replace(self, limit=limit) for limit in limits), self]
 
     def require_reachable(self, least: UnitCounts) -> None:
         """Refuse a target that no structure meets, or that the whole model does.

@@ -19,7 +19,7 @@ from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import reconstruct_
 from hf_vdneuron.relevance import unit_relevance
-from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
+from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within, stages
 from hf_vdneuron.targets import BUDGETS, DEFAULT_LENGTH
 
 
@@ -80,9 +80,7 @@ def sparsify(
     budget.require_reachable(least)
     # What was trained stays as it is: the posterior only says what goes.
     pruned = deepcopy(dense)
-    stages = budget.stages(budget.cost({}), budget.cost(least))
-    # Where many units go at once, stages would overshoot.
-    for stage in stages if alignment == FREE else stages[-1:]:
+    for stage in stages(budget, alignment, now=budget.cost({}), least=budget.cost(least)):
         left = replace(BUDGETS[name](Costs(pruned, length=max_length), value), limit=stage.limit)
         if left.cost({}) > left.limit:  # the stage before may have come further than it had to
             prune_model_(pruned, _choose(pruned, batches, left, vd_config, alignment))

@@ -4,9 +4,9 @@
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import inf, isfinite
+from math import ceil, fsum, inf, isfinite, log
 from statistics import fmean
 
 import torch
@@ -17,7 +17,14 @@ from hf_vdneuron.masks import RelevanceMask, end_units, most_relevant
 from hf_vdneuron.sublayers import Sublayer, Unit
 
 
-__all__ = ["FREE", "Alignment", "Layout", "irremovable_units", "keep_within", "unit_prices"]
+__all__ = ["FREE", "Alignment", "Layout", "irremovable_units", "keep_within", "stages", "unit_prices"]
+
+#: How many times smaller what can be removed gets in one stage, at most, and in how many stages at most: what is left
+#: is worth something else once it has made up for what is gone (method: Without training).
+STAGE, MAX_STAGES = 1.75, 4
+
+#: By how much rounding may miss a whole number of stages.
+ROUNDING = 1e-6
 
 #: Worth of a unit that is gone already: less than any other, and still a number.
 _GONE = -1e300
@@ -90,11 +97,18 @@ class _Block:
         worth: Their mean relevance per cost.
         group: Which group of sub-layers that are alike they belong to.
         members: They.
+        price: What one of them costs.
     """
 
     worth: float
     group: int
     members: tuple[_Member, ...]
+    price: float
+
+    @property
+    def relevance(self) -> float:
+        """What is lost with them."""
+        return self.worth * self.price * len(self.members)
 
 
 def keep_within(
@@ -109,7 +123,8 @@ def keep_within(
 
     Units go in the order of their relevance per cost until the budget is met. Then those that still fit come back,
     the best first, so that what is left of the budget is less than the cheapest removed unit costs. Where an alignment
-    ties units together, the weakest of each layer go and come back together, by their mean.
+    ties units together, the weakest of each layer go and come back together, by their mean; and where the last ones to
+    go take more along than they have to, others go in their place if less is lost with them.
 
     Args:
         sublayers: The sub-layers of a model.
@@ -136,13 +151,13 @@ def keep_within(
     blocks = sorted(
         block
         for group, alike in enumerate(alignment.alike(sublayers))
-        for block in _blocks(alike, worths, group, alignment.step(alike[0].unit))
+        for block in _blocks(alike, worths, group, alignment.step(alike[0].unit), prices[alike[0].path])
         if isfinite(block.worth)
     )
     sizes = {sublayer.path: sublayer.num_units for sublayer in sublayers}
     budget.require_reachable(_count(blocks, sizes))
     gone = {path: torch.zeros(size, dtype=torch.bool) for path, size in sizes.items()}
-    for block in _fill(blocks[: _shortest_prefix(blocks, sizes, budget)], sizes, budget):
+    for block in _removed(blocks, sizes, budget):
         for path, unit in block.members:
             gone[path][unit] = True
     kept = {
@@ -163,7 +178,9 @@ def _worths(sublayer: Sublayer, weakest: Tensor, price: float, present: Relevanc
     return worths.index_fill(0, most_relevant(worths, sublayer.minimum), inf)
 
 
-def _blocks(alike: Sequence[Sublayer], worths: Mapping[str, Tensor], group: int, step: int) -> Iterator[_Block]:
+def _blocks(
+    alike: Sequence[Sublayer], worths: Mapping[str, Tensor], group: int, step: int, price: float
+) -> Iterator[_Block]:
     """Put the weakest units of each sub-layer together, then the next ones, so that a multiple of the step is left."""
     # Experts of a layer keep equal numbers whatever the alignment: the one that keeps most says how many there are.
     # Ties fall by unit, those of blocks by group and members: every process has to remove the same.
@@ -178,8 +195,29 @@ def _blocks(alike: Sequence[Sublayer], worths: Mapping[str, Tensor], group: int,
     start = 0
     for end in range(num_units % step or step, num_units + 1, step):
         members = tuple((path, unit) for path, order in orders for unit in order[start:end])
-        yield _Block(fmean(worths[path][unit].item() for path, unit in members), group, members)
+        yield _Block(fmean(worths[path][unit].item() for path, unit in members), group, members, price)
         start = end
+
+
+def stages(budget: Budget, alignment: Alignment, *, now: float, least: float) -> list[Budget]:
+    """Come to a budget step by step, each of which leaves the same share of what can be removed.
+
+    Where next to nothing is to be left, the last step is a longer one. Where an alignment lets many units go at once,
+    there is but one: an early step would overshoot, and what it took does not come back.
+
+    Args:
+        budget: What may be kept in the end.
+        alignment: Which numbers of units may be.
+        now: Cost of what is there.
+        least: Cost of what cannot be removed, below that.
+
+    Returns:
+        Budgets with falling limits; the last one is the given one.
+    """
+    share = max((budget.limit - least) / (now - least), STAGE**-MAX_STAGES)
+    number = max(ceil(-log(share) / log(STAGE) - ROUNDING), 1) if alignment == FREE else 1
+    limits = [least + (now - least) * share ** (step / number) for step in range(1, number)]
+    return [*(replace(budget, limit=limit) for limit in limits), budget]
 
 
 def irremovable_units(relevance: Mapping[str, Tensor]) -> dict[str, int]:
@@ -212,6 +250,23 @@ def unit_prices(sublayers: list[Sublayer], budget: Budget) -> dict[str, float]:
 def _count(removed: Iterable[_Block], sizes: Mapping[str, int]) -> dict[str, int]:
     gone = Counter(path for block in removed for path, _ in block.members)
     return {path: size - gone[path] for path, size in sizes.items()}
+
+
+def _removed(blocks: Sequence[_Block], sizes: Mapping[str, int], budget: Budget) -> list[_Block]:
+    """Choose the blocks that go, of some in the order of their worth."""
+    length = _shortest_prefix(blocks, sizes, budget)
+    removed = _fill(blocks[:length], sizes, budget)
+    if not removed or len(blocks[length - 1].members) == 1:
+        return removed
+    # A large block may overshoot by more than it saves: the group that it belongs to can stop short of it.
+    rest = [block for block in blocks if block < blocks[length - 1] or block.group != blocks[length - 1].group]
+    if budget.cost(_count(rest, sizes)) > budget.limit:
+        return removed
+    others = _removed(rest, sizes, budget)
+    # What both remove may be gone already, with a worth that would drown the rest.
+    lost = fsum(block.relevance for block in removed if block not in set(others))
+    lost_instead = fsum(block.relevance for block in others if block not in set(removed))
+    return removed if lost <= lost_instead else others
 
 
 def _shortest_prefix(order: Sequence[_Block], sizes: Mapping[str, int], budget: Budget) -> int:

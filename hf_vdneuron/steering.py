@@ -27,7 +27,7 @@ from hf_vdneuron.schedules import (
     removal_path,
     steer_kl_weight,
 )
-from hf_vdneuron.selection import FREE, Alignment, irremovable_units, keep_within
+from hf_vdneuron.selection import Alignment, irremovable_units, keep_within, stages
 from hf_vdneuron.sublayers import Sublayer
 from hf_vdneuron.targets import target_budget
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -219,7 +219,7 @@ class Steering:
         """Divide the way to the target of a run.
 
         Args:
-            alignment: Which numbers of units may be kept. Where many go at once, stages would overshoot: there is one.
+            alignment: Which numbers of units may be kept.
 
         Returns:
             What may be kept after each stage.
@@ -228,8 +228,7 @@ class Steering:
             RuntimeError: If no run has begun, or it has no target.
         """
         course = self._on_course()
-        stages = course.budget.stages(course.budget.cost(course.present), course.least)
-        return stages if alignment == FREE else stages[-1:]
+        return stages(course.budget, alignment, now=course.budget.cost(course.present), least=course.least)
 
     def mask(
         self,

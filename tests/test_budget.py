@@ -1,21 +1,15 @@
 """Costs against PyTorch's own flop counter and what pruned models hold; the choice against a greedy loop."""
 
 from copy import deepcopy
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models import CHAINS, FAMILIES, batch, tiny_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import (
-    MAX_STAGES,
-    STAGE,
-    Budget,
     Costs,
     body_cost,
     unit_counts,
@@ -95,32 +89,3 @@ def test_expected_counts_cost_what_lies_between_whole_ones() -> None:
     costs = Costs(tiny_model("bert"), length=LENGTH)
     path = costs.sublayers[0].path
     assert costs.macs({path: 1.5}) == (costs.macs({path: 1}) + costs.macs({path: 2})) / 2
-
-
-@given(
-    share=st.floats(1e-6, 0.999),
-    least=st.floats(0, 1e3),
-    removable=st.floats(1e-3, 1e6),
-)
-def test_stages_leave_equal_shares_and_end_at_the_target(share: float, least: float, removable: float) -> None:
-    limit = least + share * removable
-    whole = Budget("target_speedup", 2.0, lambda counts: 0.0, limit, lambda cost: cost)
-    stages = whole.stages(least + removable, least)
-    assert stages[-1] is whole
-    assert 1 <= len(stages) <= MAX_STAGES
-    left = [1.0] + [(stage.limit - least) / removable for stage in stages]
-    ratios = [before / after for before, after in pairwise(left)]
-    if share > STAGE**-MAX_STAGES:
-        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3)
-        assert 1 < ratios[0] < 1.001 * STAGE
-        # One stage fewer would not do.
-        assert len(stages) == 1 or share ** -(1 / (len(stages) - 1)) > STAGE
-    else:
-        assert ratios[:-1] == pytest.approx([STAGE] * (MAX_STAGES - 1), rel=1e-3)
-        assert ratios[-1] >= 0.999 * STAGE
-
-
-def test_the_last_stage_goes_all_the_way() -> None:
-    whole = Budget("target_params", 5, lambda counts: 0.0, 5.0, lambda cost: cost)
-    limits = [stage.limit for stage in whole.stages(9.0, 5.0)]
-    assert limits == [5 + 4 / STAGE, 5 + 4 / STAGE**2, 5 + 4 / STAGE**3, 5.0]

@@ -1,6 +1,7 @@
 """What is kept: against a greedy loop, one unit at a time and aligned."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Budget, Costs, unit_counts
 from hf_vdneuron.masks import RelevanceMask
-from hf_vdneuron.selection import Alignment, Layout, keep_within
+from hf_vdneuron.selection import (
+    FREE,
+    MAX_STAGES,
+    STAGE,
+    Alignment,
+    Layout,
+    keep_within,
+    stages,
+    unit_prices,
+)
 from hf_vdneuron.sublayers import Sublayer, Unit
 from hf_vdneuron.targets import cost_ratio_budget, parameter_budget, sparsity_budget, speedup_budget
 
@@ -243,3 +253,58 @@ def test_a_convolution_keeps_its_best_channel_whatever_it_costs() -> None:
     mask = keep_within(sublayers, relevance, budget)
     assert {part.path: len(mask.kept_units(part)) for part in sublayers} == least
     assert mask.kept_units(sublayers[0]).tolist() == [relevance["0.0"].amin(0).argmax()]
+
+
+@given(
+    share=st.floats(1e-6, 0.999),
+    least=st.floats(0, 1e3),
+    removable=st.floats(1e-3, 1e6),
+)
+def test_stages_leave_equal_shares_and_end_at_the_target(share: float, least: float, removable: float) -> None:
+    limit = least + share * removable
+    whole = Budget("target_speedup", 2.0, lambda counts: 0.0, limit, lambda cost: cost)
+    found = stages(whole, FREE, now=least + removable, least=least)
+    assert found[-1] is whole
+    assert 1 <= len(found) <= MAX_STAGES
+    left = [1.0] + [(stage.limit - least) / removable for stage in found]
+    ratios = [before / after for before, after in pairwise(left)]
+    if share > STAGE**-MAX_STAGES:
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3)
+        assert 1 < ratios[0] < 1.001 * STAGE
+        # One stage fewer would not do.
+        assert len(found) == 1 or share ** -(1 / (len(found) - 1)) > STAGE
+    else:
+        assert ratios[:-1] == pytest.approx([STAGE] * (MAX_STAGES - 1), rel=1e-3)
+        assert ratios[-1] >= 0.999 * STAGE
+
+
+def test_the_last_stage_goes_all_the_way() -> None:
+    whole = Budget("target_params", 5, lambda counts: 0.0, 5.0, lambda cost: cost)
+    limits = [stage.limit for stage in stages(whole, FREE, now=9.0, least=5.0)]
+    assert limits == [5 + 4 / STAGE, 5 + 4 / STAGE**2, 5 + 4 / STAGE**3, 5.0]
+
+
+@pytest.mark.parametrize(
+    "alignment", [Alignment(Layout.UNIFORM), Alignment(round_neurons_to=8)], ids=["alike", "rounded"]
+)
+def test_many_units_that_go_at_once_go_in_one_stage(alignment: Alignment) -> None:
+    whole = Budget("target_params", 5, lambda counts: 0.0, 5.0, lambda cost: cost)
+    assert stages(whole, alignment, now=90.0, least=1.0) == [whole]
+
+
+def test_a_large_block_does_not_go_where_small_ones_will_do() -> None:
+    """All heads of both layers are worth a little less per cost than neurons, and are half of the model."""
+    costs = Costs(tiny_model("bert", "sequence_classification"), length=LENGTH)
+    budget = sparsity_budget(costs, 0.2)
+    prices = unit_prices(costs.sublayers, budget)
+    worths = {Unit.HEAD: 1.0, Unit.NEURON: 1.1}
+    relevance = {
+        part.path: torch.full((len(part.sides), part.num_units), prices[part.path] * worths[part.unit])
+        for part in costs.sublayers
+    }
+    num_heads = next(part.num_units for part in costs.sublayers if part.unit is Unit.HEAD)
+    aligned = Alignment(Layout.UNIFORM, round_heads_to=num_heads)
+    mask = keep_within(costs.sublayers, relevance, budget, alignment=aligned)
+    counts = unit_counts(costs.sublayers, mask)
+    assert all(counts[part.path] == part.num_units for part in costs.sublayers if part.unit is Unit.HEAD)
+    assert 0.2 <= 1 - budget.cost(counts) / budget.cost({}) < 0.25
