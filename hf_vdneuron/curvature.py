@@ -201,13 +201,12 @@ class _Scores:
         else:
             signal = outputs.detach() * gradient
         by_group = self.layer.prior.sum_groups(self._by_example(signal, batch_size))
-        self.by_group[first] = self.by_group[first] + by_group if first in self.by_group else by_group
+        self.by_group[first] = by_group + self.by_group.get(first, 0)
         if self.is_centred:
             matters = gradient.ne(0).any(-1)
             self.total = self.total.to(inputs) + inputs.detach()[matters].sum(0)
             self.num_positions += int(matters.sum())
-            slopes = self._by_example(back, batch_size)
-            self.slopes[first] = self.slopes[first] + slopes if first in self.slopes else slopes
+            self.slopes[first] = self._by_example(back, batch_size) + self.slopes.get(first, 0)
 
     def _by_example(self, signal: Tensor, batch_size: int) -> Tensor:
         """Sum over the positions of each example, shape `(batch_size, num_features)`."""

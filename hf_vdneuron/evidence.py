@@ -62,28 +62,28 @@ def unit_evidence(model: nn.Module, curvature: Curvature, *, num_data: float) ->
     for sublayer in find_sublayers(model):
         worth = torch.zeros(sublayer.num_units)
         # What reads a unit says most exactly what it is worth.
-        sides = [
-            part.module for part in (side.slices[0] for side in reversed(sublayer.sides)) if _is_grouped(layers, part)
-        ]
-        if sides:
-            worth = num_data / 2 * curvature.scales[sides[0]].cpu() - _divergence(layers, sublayer)
+        speakers = [side.slices[0] for side in reversed(sublayer.sides)]
+        speakers = [part for part in speakers if _has_groups_of(sublayer, layers, part)]
+        if speakers:
+            worth = num_data / 2 * curvature.scales[speakers[0].module].cpu() - _divergence(layers, sublayer)
         evidence[sublayer.path] = torch.where(alone[sublayer.path].isfinite(), worth, torch.inf)
     return evidence
 
 
-def _is_grouped(layers: dict[str, VariationalLayer], part: Slice) -> bool:
-    """Tell whether the units of a slice have scales in its layer: in a chain, a layer reads some and makes others."""
+def _has_groups_of(sublayer: Sublayer, layers: dict[str, VariationalLayer], part: Slice) -> bool:
+    """Tell whether the groups of a layer are units of a sub-layer: in a chain, it reads some and makes others."""
     layer = layers.get(part.module)
-    return layer is not None and layer.group_axis == feature_axis(layer, part.axis)
+    if layer is None or layer.group_axis != feature_axis(layer, part.axis):
+        return False
+    return layer.prior.num_groups == sublayer.num_units
 
 
 def _divergence(layers: dict[str, VariationalLayer], sublayer: Sublayer) -> Tensor:
     """Sum the divergence of all weights that go with each unit, shape `(num_units,)`."""
     total = torch.zeros(sublayer.num_units)
+    own = [part.module for part in sublayer.matrices if _has_groups_of(sublayer, layers, part)]
     # A fused matrix stands for several slices.
-    for path in dict.fromkeys(part.module for part in sublayer.matrices):
-        layer = layers.get(path)
-        if layer is not None and layer.prior.num_groups == sublayer.num_units:
-            by_weight = layer.prior.kl_by_weight(*layer.posterior, layer.group_axis)
-            total += layer.prior.sum_weights(by_weight, layer.group_axis).cpu()
+    for layer in (layers[path] for path in dict.fromkeys(own)):
+        by_weight = layer.prior.kl_by_weight(*layer.posterior, layer.group_axis)
+        total += layer.prior.sum_weights(by_weight, layer.group_axis).cpu()
     return total

@@ -107,9 +107,9 @@ def reconstruct_(
                 if moments.count >= max(POSITIONS_PER_INPUT * len(moments.input), LEAST_POSITIONS):
                     break
                 wanted = _passes(original, partial(forward, dense, batch), sublayer.repeats)
-                made = (
-                    _passes(reader, partial(forward, model, batch), sublayer.repeats) if sublayer.num_units else wanted
-                )
+                # With nothing left, a layer is not called: it has no inputs, and is its bias.
+                is_called = sublayer.num_units > 0
+                made = _passes(reader, partial(forward, model, batch), sublayer.repeats) if is_called else wanted
                 for (inputs, _), (_, outputs) in zip(made, wanted, strict=True):
                     attended = _attended(batch, outputs)
                     moments.add(inputs[attended][:, : len(moments.input)], outputs[attended])
@@ -126,8 +126,9 @@ def reconstruct_(
 
 def _can_be_fitted(reader: DenseLayer, original: DenseLayer) -> bool:
     """Tell whether a layer has a bias and all its outputs; in a chain, the next cut may have taken some."""
-    is_linear = isinstance(reader, nn.Linear | Conv1D) and isinstance(original, nn.Linear | Conv1D)
-    return is_linear and reader.bias is not None and len(_weight(reader)) == len(_weight(original))
+    if not isinstance(reader, nn.Linear | Conv1D) or reader.bias is None:
+        return False
+    return len(_weight(reader)) == len(_weight(original))
 
 
 @torch.no_grad()

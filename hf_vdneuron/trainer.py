@@ -324,7 +324,7 @@ class VDTrainer(JudgingTrainer):
         """Tell what is kept: by the target, tolerance or rule until the cut of a run, by the masks after it.
 
         Returns:
-            The mask that `prune()` would apply now.
+            The mask of a cut that was made now and, for a target, in one stage.
         """
         # A tolerance cuts where it judges.
         if self._is_to_be_cut and self.args.tolerance is None:

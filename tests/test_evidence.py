@@ -1,11 +1,13 @@
 """What units are worth: half the curvature of what reads them, less what the prior charges."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from runs import rows, tiny_bert
-from torch import Tensor
+from torch import Tensor, nn
 from zoo import zoo_batch, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
@@ -69,3 +71,22 @@ def test_units_of_every_layout_have_a_worth(row: str) -> None:
         assert worth.shape == (2, sublayer.num_units)
         assert worth.amin(0).isfinite().all()
         assert worth.amin(0).amax() > 0
+
+
+@pytest.mark.parametrize("width", [10, 12], ids=["another width", "the same width"])
+def test_a_layer_of_a_chain_speaks_for_the_units_that_it_makes(width: int) -> None:
+    """The middle one reads the first units, but its groups are the second ones."""
+    chain = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 2))
+    model = patch_model_(chain)
+    curvature = estimate_curvature(model, [{"input": torch.randn(20, 8)}], loss=squared_outputs)
+    found = unit_evidence(model, curvature, num_data=MANY)
+    makers = {part.path: part.sides[0].slices[0].module for part in find_sublayers(model)}
+    readers = {part.path: part.out_side.slices[0].module for part in find_sublayers(model)}
+    first, second = found
+    assert readers[first] == makers[second]
+    for path, speaker in {first: makers[first], second: readers[second]}.items():
+        torch.testing.assert_close(found[path][0] / MANY, curvature.scales[speaker] / 2, rtol=1e-4, atol=1e-9)
+
+
+def squared_outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch).square().sum(1).mean()
