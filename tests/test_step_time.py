@@ -15,14 +15,14 @@ from hf_vdneuron.trainer import VDTrainer
 
 def test_a_run_is_priced_by_its_phases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {Phase.FINETUNE: 0.5, Phase.SPARSIFY: 1.2, Phase.RECOVER: 0.75}
-    monkeypatch.setattr(step_time, "time_phases", lambda *_: step_time.Seconds(seconds, look=0.1, fit=3.0))
+    monkeypatch.setattr(step_time, "time_phases", lambda *_: step_time.Seconds(seconds, look=0.1, stage=3.0))
     step_time.main(["--model_name_or_path=M", "--finetune_steps=100", "--sparsify_steps=50", "--recover_steps=20"])
     out = capsys.readouterr().out
     assert ["sparsify", "1.200", "s", "2.40", "50"] in [line.split() for line in out.splitlines()]
     assert ["look", "0.100", "s", "0.20", "51"] in [line.split() for line in out.splitlines()]
-    assert ["form", "3.000", "s", "6.00", "1"] in [line.split()[-5:] for line in out.splitlines()]
+    assert ["form", "3.000", "s", "6.00", "2"] in [line.split()[-5:] for line in out.splitlines()]
     assert "A run of 170 steps costs 2.60 times" in out  # (100 * 0.5 + 50 * 1.2 + 20 * 0.75 + 51 * 0.1) / 50
-    assert "and 2.11 times with a posterior in closed form" in out  # (100 * 0.5 + 3 + 70 * 0.75) / 50
+    assert "and 2.17 times with a posterior in closed form" in out  # (100 * 0.5 + 2 * 3 + 70 * 0.75) / 50
 
 
 def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytes
     )
     seconds = step_time.time_phases(args, tmp_path / "work")
     assert seconds.steps.keys() == set(Phase)
-    assert all(second > 0 for second in [*seconds.steps.values(), seconds.look, seconds.fit])
+    assert all(second > 0 for second in [*seconds.steps.values(), seconds.look, seconds.stage])
     assert len(seen[Phase.FINETUNE]) == args.turns * args.steps
     assert seen[Phase.FINETUNE] == seen[Phase.SPARSIFY] == seen[Phase.RECOVER]
     assert seen[Phase.FINETUNE][0] != seen[Phase.FINETUNE][args.steps]  # another turn has other rows
