@@ -55,7 +55,12 @@ The same as a page, in light and dark: `report.html`.
 ## How it was made
 
 Variational dropout with a learned prior per attention head and feed-forward neuron (target: {{ report.target }}):
+{% if report.training.phases.sparsify_steps -%}
 what the trained posterior found least relevant was removed for good, and the rest trained on. This command repeats it,
+{%- else -%}
+what the bound of a posterior in closed form misses least was removed for good; the rest made up for it by least
+squares, and trained on. This command repeats it,
+{%- endif %}
 with local folders by their names alone:
 
 ```bash

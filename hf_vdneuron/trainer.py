@@ -62,7 +62,7 @@ class VDTrainer(JudgingTrainer):
     rest. `prune()` removes it for good.
 
     With a target or a tolerance, sparsification takes no step unless it is given some: the posterior is in closed form
-    then, from gradients on some training examples.
+    then, from gradients on some training examples, and what a cut leaves makes up for it by least squares.
 
     Args:
         model: Model to train; a dense one is patched in place, of an unknown type once some examples were looked at.

@@ -188,3 +188,15 @@ def test_a_local_model_and_an_own_task_are_no_repositories() -> None:
 
 def test_card_shows_a_score_of_zero() -> None:
     assert "before recovery | | 0.00 |" in render(replace(REPORT, score_after_cut=0.0))
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        pytest.param(PhasePlan(2, 3, 1), "what the trained posterior found least relevant was", id="trained"),
+        pytest.param(PhasePlan(2, 0, 4), "of a posterior in closed form misses least was", id="closed"),
+    ],
+)
+def test_the_card_says_how_the_posterior_came_about(plan: PhasePlan, said: str) -> None:
+    written = render(replace(REPORT, training=replace(REPORT.training, phases=plan)))
+    assert said in " ".join(written.split())
