@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_vdneuron.chains import find_chain_sublayers
 from hf_vdneuron.discovered import remembered
-from hf_vdneuron.layouts import AttentionLayout, ExpertsLayout, FeedForwardLayout, Stack
+from hf_vdneuron.layouts import AttentionLayout, ExpertsLayout, FeedForwardLayout, RelativeLayout, Stack
 from hf_vdneuron.sublayers import Sublayer
 
 
@@ -72,6 +72,7 @@ _DEBERTA_ATTENTION = replace(
     qkv=("in_proj",),
     interleaved=True,
     positions=("pos_proj", "pos_q_proj"),
+    relative=RelativeLayout("max_relative_positions", follow_length=True),
     query_bias="q_bias",
     value_bias="v_bias",
     mixing=("talking_head",),
@@ -82,6 +83,7 @@ _DEBERTA_V2_ATTENTION = replace(
     _BERT_ATTENTION,
     qkv=("query_proj", "key_proj", "value_proj"),
     positions=("pos_key_proj", "pos_query_proj"),
+    relative=RelativeLayout("pos_ebd_size"),
 )
 _DEBERTA_V2 = (Stack("encoder.layer", (_DEBERTA_V2_ATTENTION, _BERT_FEED_FORWARD)),)
 
@@ -213,11 +215,16 @@ _VIT = (Stack("layers", (_VIT_ATTENTION, _PHI_FEED_FORWARD)),)
 _DINOV2_FEED_FORWARDS = (replace(_PHI_FEED_FORWARD, optional=True), replace(_LLAMA_FEED_FORWARD, optional=True))
 _DINOV2 = (Stack("encoder.layer", (_VIT_ATTENTION, *_DINOV2_FEED_FORWARDS)),)
 
-_SWIN_ATTENTION = replace(_VIT_ATTENTION, bias_table="relative_position_bias.relative_position_bias_table")
+_SWIN_ATTENTION = replace(
+    _VIT_ATTENTION,
+    bias_table="relative_position_bias.relative_position_bias_table",
+    window="relative_position_bias.window_area",
+)
 _SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD), shrink=_HALVED),)
 
 _SEGFORMER_FEED_FORWARD = replace(_PHI_FEED_FORWARD, depthwise="mlp.dwconv.dwconv")
-_SEGFORMER = (Stack("stages.*.blocks", (_VIT_ATTENTION, _SEGFORMER_FEED_FORWARD), shrink=_HALVED),)
+_SEGFORMER_ATTENTION = replace(_VIT_ATTENTION, reduction="sequence_reduction_ratio")
+_SEGFORMER = (Stack("stages.*.blocks", (_SEGFORMER_ATTENTION, _SEGFORMER_FEED_FORWARD), shrink=_HALVED),)
 
 _CONVNEXT = (Stack("encoder.stages.*.layers", (FeedForwardLayout("pwconv1", "pwconv2", "act"),), shrink=_HALVED),)
 
@@ -236,7 +243,14 @@ _RESNET = (Stack("encoder.stages.*.layers", _RESNET_CHANNELS, shrink=_HALVED),)
 
 _CLIP_LAYER = (_BART_ATTENTION, _PHI_FEED_FORWARD)
 _CLIP_TOWER = (Stack("encoder.layers", _CLIP_LAYER),)
-_CLIP = (Stack("text_model.encoder.layers", _CLIP_LAYER), Stack("vision_model.encoder.layers", _CLIP_LAYER))
+_CLIP = (
+    Stack("text_model.encoder.layers", _CLIP_LAYER),
+    Stack(
+        "vision_model.encoder.layers",
+        _CLIP_LAYER,
+        length="vision_model.embeddings.position_embedding.num_embeddings",
+    ),
+)
 
 _WAV2VEC2_ATTENTION = replace(_BART_ATTENTION, core="attention", output="attention.out_proj")
 _WAV2VEC2_FEED_FORWARD = FeedForwardLayout(

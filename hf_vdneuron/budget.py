@@ -57,7 +57,7 @@ class _Layer:
         per_pair: Weights per pair of an output and an input feature: the kernel's size; 0 for a norm.
         per_output: Parameters per output feature: its bias, or what a norm holds.
         losses: Sub-layers, and the features that their units own.
-        runs: How often it runs per position of the first blocks.
+        runs: How often it runs for one sequence, in positions.
     """
 
     features: Mapping[Axis, int]
@@ -78,7 +78,7 @@ class _Layer:
         return self.per_pair * prod(self.left(counts).values())
 
     def products(self, counts: UnitCounts) -> float:
-        """Multiply-accumulates left per position of the first blocks."""
+        """Multiply-accumulates left for one sequence."""
         return self.weights(counts) * self.runs
 
     def parameters(self, counts: UnitCounts) -> float:
@@ -91,7 +91,8 @@ class Costs:
 
     Args:
         model: A dense, patched or pruned model. It is looked at once, here.
-        length: Tokens of one sequence; of a map its positions, where the first blocks read it.
+        length: Tokens of one sequence; of a map its positions, where the first blocks read it. The images of a model
+            that reads texts as well have the positions that its config says.
 
     Attributes:
         sublayers: Its sub-layers, in order.
@@ -104,7 +105,7 @@ class Costs:
         for sublayer in self.sublayers:
             for part in sublayer.slices:
                 losses.setdefault((part.module, part.parameter), []).append((sublayer, part))
-        self._layers = [_layer(model, tuple(parts)) for parts in losses.values()]
+        self._layers = [_layer(model, tuple(parts), length) for parts in losses.values()]
         own = variational_parameters(model)
         total = sum(parameter.numel() for parameter in model.parameters() if parameter not in own)
         self._elsewhere = total - sum(layer.parameters({}) for layer in self._layers)
@@ -132,28 +133,40 @@ class Costs:
         return self._elsewhere + sum(layer.parameters(counts) for layer in self._layers)
 
     def macs(self, counts: UnitCounts) -> float:
-        """Count the multiply-accumulates of heads and neurons.
+        """Count the multiply-accumulates of heads and neurons, as torch's `FlopCounterMode` does.
 
-        Attention adds, per head, one product of queries with keys and one of attention weights with values.
+        Attention adds, per head, one product of queries with keys, one of attention weights with values, and those of
+        either with relative positions, if it is told of any.
 
         Args:
             counts: Units left.
 
         Returns:
-            Their number for one sequence.
+            Their number for one sequence by itself.
         """
-        pairs = sum(
-            counts.get(part.path, part.num_units) * part.out_side.slices[0].size * part.repeats * part.positions**2
+        products = sum(layer.products(counts) for layer in self._layers)
+        return products + sum(
+            counts.get(part.path, part.num_units) * part.out_side.slices[0].size * part.repeats * self._compared(part)
             for part in self.sublayers
             if part.unit is Unit.HEAD
         )
-        products = sum(layer.products(counts) for layer in self._layers)
-        return self.length * products + 2 * self.length**2 * pairs
+
+    def _compared(self, attention: Sublayer) -> float:
+        """Count what queries, keys and attention weights are multiplied with."""
+        queries = _positions(attention, self.length)
+        keys = min(queries / attention.reduction, attention.window or inf)
+        relative = attention.relative
+        return queries * (2 * keys + (relative.comparisons * relative.number(queries) if relative else 0))
 
 
-def _layer(model: nn.Module, losses: _Losses) -> _Layer:
+def _positions(sublayer: Sublayer, length: int) -> float:
+    """Count the positions of one sequence at which a sub-layer runs once."""
+    return (sublayer.length or length) * sublayer.positions
+
+
+def _layer(model: nn.Module, losses: _Losses, length: int) -> _Layer:
     part = losses[0][1]
-    runs = max(sublayer.runs * (_stride(model, sublayer) if its.axis is Axis.OUT else 1) for sublayer, its in losses)
+    runs = max(_runs(model, sublayer, its, length) for sublayer, its in losses)
     if part.role in (Role.NORM, Role.BIAS):
         module = model.get_submodule(part.module)
         held = list(module.parameters()) if part.role is Role.NORM else [module.get_parameter(part.parameter)]
@@ -164,10 +177,19 @@ def _layer(model: nn.Module, losses: _Losses) -> _Layer:
     return _Layer(features, prod(layer.weight.shape[2:]), int(layer.bias is not None), losses, runs)
 
 
-def _stride(model: nn.Module, sublayer: Sublayer) -> int:
-    """Count the positions at which units are made for one at which they are read."""
-    reader = dense_layer(model, sublayer.out_side.slices[0].module)
-    return prod(reader.stride) if isinstance(reader, nn.Conv1d | nn.Conv2d) else 1
+def _runs(model: nn.Module, sublayer: Sublayer, part: Slice, length: int) -> float:
+    """Count the positions of one sequence at which a layer runs."""
+    positions = _positions(sublayer, length)
+    relative = sublayer.relative.number(positions) if sublayer.relative else 0
+    if part.role is Role.POSITION:
+        positions = relative
+    elif part.role in (Role.QUERY, Role.KEY, Role.VALUE):
+        is_shared = sublayer.relative is not None and sublayer.relative.are_shared and part.role is not Role.VALUE
+        positions = (positions if part.role is Role.QUERY else positions / sublayer.reduction) + is_shared * relative
+    elif part.axis is Axis.OUT:  # units are made at all positions, and read at fewer by a convolution with a stride
+        reader = dense_layer(model, sublayer.out_side.slices[0].module)
+        positions *= prod(reader.stride) if isinstance(reader, nn.Conv1d | nn.Conv2d) else 1
+    return positions * sublayer.repeats * sublayer.experts_per_token / sublayer.num_experts
 
 
 def unit_counts(sublayers: list[Sublayer], mask: RelevanceMask) -> dict[str, int]:

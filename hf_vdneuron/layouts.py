@@ -3,15 +3,49 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from torch import nn
 
 from hf_vdneuron.experts import DOWN, GATE_UP, ExpertMatrix
 from hf_vdneuron.layers import dense_layer, feature_axis
-from hf_vdneuron.sublayers import Axis, Role, Side, SideName, Slice, Sublayer, Unit
+from hf_vdneuron.sublayers import Axis, RelativePositions, Role, Side, SideName, Slice, Sublayer, Unit
 
 
 __all__ = ["AttentionLayout", "ExpertsLayout", "FeedForwardLayout", "Stack"]
+
+
+@dataclass(frozen=True)
+class RelativeLayout:
+    """Where an attention block says how it is told of relative positions. All are attributes of its core.
+
+    Args:
+        span: Holds how far they reach to either side. A core without it is not told of any.
+        comparisons: Names what is compared with them.
+        shared: Says whether the projections to queries and keys make them too.
+        follow_length: No attribute: whether those that reach beyond the sequence are left out.
+    """
+
+    span: str
+    comparisons: str = "pos_att_type"
+    shared: str = "share_att_key"
+    follow_length: bool = False
+
+    def found(self, core: nn.Module) -> RelativePositions | None:
+        """Look them up.
+
+        Args:
+            core: Module that computes attention.
+
+        Returns:
+            The relative positions, or None if there are none.
+        """
+        if not hasattr(core, self.span):
+            return None
+        comparisons = len(getattr(core, self.comparisons))
+        return RelativePositions(
+            getattr(core, self.span), comparisons, self.follow_length, getattr(core, self.shared, False)
+        )
 
 
 @dataclass(frozen=True)
@@ -33,12 +67,15 @@ class AttentionLayout:
             after those of another, or all queries, then all keys, then all values.
         positions: Projections in the core of relative positions, with rows like those of queries. A model can lack
             them.
+        relative: What the core says of them.
         query_bias: Parameter of the core that is added to the queries.
         value_bias: Parameter of the core that is added to the values.
         bias_table: Parameter below the core that holds a bias of attention scores for each head, along its last axis.
         norms: Norms in the core of queries and keys that take the mean over *all* heads. There a removed head has to
             count as zero, so that one ends only together with its queries and keys.
         mixing: Attributes of the core that say, where they are true, that heads are mixed and cannot be told apart.
+        window: Attribute below the core that holds how many positions a query can look at, where those are not all.
+        reduction: Attribute of the core that holds how many positions, along either side of a map, share one key.
         name: Name of the sub-layer.
         optional: Whether some models of the type lack the block.
     """
@@ -52,11 +89,14 @@ class AttentionLayout:
     widths: tuple[str, ...] = ()
     interleaved: bool = False
     positions: tuple[str, ...] = ()
+    relative: RelativeLayout | None = None
     query_bias: str | None = None
     value_bias: str | None = None
     bias_table: str | None = None
     norms: tuple[str, str] | None = None
     mixing: tuple[str, ...] = ()
+    window: str | None = None
+    reduction: str | None = None
     name: str = "attention"
     optional: bool = False
 
@@ -77,6 +117,7 @@ class AttentionLayout:
         if self.optional and not _has_modules(model, core, f"{layer}.{self.output}"):
             return None
         columns, query, key, value = self._slices(model, layer)
+        module = model.get_submodule(core)
         self._require_separable(model, core, query)
         joined, apart = ((query, key), ()) if self.norms else ((), (query, key))
         bias = _bias(core, self.value_bias, value)
@@ -91,6 +132,9 @@ class AttentionLayout:
             attributes=tuple((core, name, factor) for names, factor in factors for name in names),
             attention=core,
             constant=bias[0] if bias else None,
+            relative=None if self.relative is None else self.relative.found(module),
+            window=None if self.window is None else attrgetter(self.window)(module),
+            reduction=1 if self.reduction is None else getattr(module, self.reduction) ** 2,
         )
 
     def _slices(self, model: nn.Module, layer: str) -> tuple[Slice, Slice, Slice, Slice]:
@@ -264,6 +308,8 @@ class Stack:
         shared: Attributes of the config that hold the number of passes, and the number of modules in the outermost
             list that share them: each makes several passes in a row.
         shrink: How many times fewer positions each module in the outermost list sees than the one before.
+        length: Attribute below the base model that holds how many positions its layers see, where those are not tokens
+            of the text that the model reads as well.
         optional: Whether some models of the type lack the stack.
     """
 
@@ -271,6 +317,7 @@ class Stack:
     blocks: tuple[AttentionLayout | FeedForwardLayout | ExpertsLayout, ...]
     shared: tuple[str, str] | None = None
     shrink: int = 1
+    length: str | None = None
     optional: bool = False
 
     def sublayers(self, model: nn.Module, prefix: str = "") -> Iterator[Sublayer]:
@@ -286,13 +333,14 @@ class Stack:
         first, *rest = f"{prefix}{self.layers}".split(".*.")
         if self.optional and not _has_modules(model, first):
             return
+        length = None if self.length is None else attrgetter(f"{prefix}{self.length}")(model)
         for index, _ in model.get_submodule(first).named_children():
             repeats, positions = self._num_passes(model, int(index)), self.shrink ** -int(index)
             for layer in _expand(model, f"{first}.{index}", rest):
                 for block in self.blocks:
                     sublayer = block.sublayer(model, layer)
                     if sublayer is not None:
-                        yield replace(sublayer, repeats=repeats, positions=positions)
+                        yield replace(sublayer, repeats=repeats, positions=positions, length=length)
 
     def _num_passes(self, model: nn.Module, index: int) -> int:
         """Count the passes that one of the outermost modules makes."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Axis", "Role", "Side", "SideName", "Slice", "Sublayer", "Unit"]
+__all__ = ["Axis", "RelativePositions", "Role", "Side", "SideName", "Slice", "Sublayer", "Unit"]
 
 
 class Axis(StrEnum):
@@ -132,6 +132,38 @@ class Side:
 
 
 @dataclass(frozen=True)
+class RelativePositions:
+    """Embeddings of relative positions that queries, keys or both are compared with (He 2021, section 3.1).
+
+    Args:
+        span: How far they reach to either side.
+        comparisons: How many of queries and keys are compared with them.
+        follow_length: Whether those that reach beyond the sequence are left out.
+        are_shared: Whether the projections to queries and keys make them too, and none of their own.
+
+    References:
+        He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention", 2021,
+        https://arxiv.org/abs/2006.03654
+    """
+
+    span: int
+    comparisons: int
+    follow_length: bool
+    are_shared: bool
+
+    def number(self, length: float) -> float:
+        """Count them for a sequence.
+
+        Args:
+            length: Its tokens.
+
+        Returns:
+            Their number.
+        """
+        return 2 * (min(self.span, length) if self.follow_length else self.span)
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """A block whose units can be removed.
 
@@ -153,6 +185,10 @@ class Sublayer:
         constant: The slice that holds the bias of the in-side where its own layer does not, or None.
         repeats: How often the block runs in one forward pass: layers can share it.
         positions: At how many positions it runs for each position of the first blocks, where maps get smaller.
+        length: Positions of the first blocks, where these are not tokens of the text, or None.
+        relative: Relative positions that its queries and keys are compared with, or None.
+        window: How many positions each query can look at, or None if at all of them.
+        reduction: How many positions share one key and one value.
         minimum: How many units have to stay, as the block cannot run with fewer.
         num_experts: How many experts share the units out, each having as many as any other; 1 where there are none.
             Unit `k` of expert `e` is number `e * num_units / num_experts + k`.
@@ -171,6 +207,10 @@ class Sublayer:
     constant: Slice | None = None
     repeats: int = 1
     positions: float = 1.0
+    length: int | None = None
+    relative: RelativePositions | None = None
+    window: int | None = None
+    reduction: int = 1
     minimum: int = 0
     num_experts: int = 1
     experts_per_token: int = 1
@@ -184,11 +224,6 @@ class Sublayer:
     def matrices(self) -> tuple[Slice, ...]:
         """Those slices that are weight matrices."""
         return tuple(part for part in self.slices if part.role not in (Role.NORM, Role.BIAS))
-
-    @property
-    def runs(self) -> float:
-        """How often a unit runs for each position of the first blocks, on average."""
-        return self.repeats * self.positions * self.experts_per_token / self.num_experts
 
     @property
     def out_side(self) -> Side:
