@@ -2,7 +2,7 @@
 """Prove the method on convolutions: VGG-16 on CIFAR-10, trained from scratch under the prior, cut by the rule alone.
 
     python scripts/vgg.py --data_dir DIR                                              # a small one, for a CPU
-    python scripts/vgg.py --data_dir DIR --width 1 --num_images 50000 --bf16 --device cuda
+    python scripts/vgg.py --data_dir DIR --width 1 --num_examples 50000 --bf16 --device cuda
 
 `DIR` holds CIFAR-10 as `train.parquet` and `test.parquet`, with encoded images in `img` and their classes in `label`.
 A run is scored on all test images, once; `--validate` scores it on training images that it has not seen instead, for
@@ -58,7 +58,7 @@ class Settings:
     """What all runs of a table share."""
 
     width: float = field(default=0.25, metadata={"help": "Share of the channels and neurons of VGG-16."})
-    num_images: int = field(default=10_000, metadata={"help": "Training images."})
+    num_examples: int = field(default=10_000, metadata={"help": "Training images."})
     dense_epochs: int = field(default=10, metadata={"help": "Epochs of dense training before."})
     epochs: int = field(default=60, metadata={"help": "Epochs under the prior, or of the control."})
     kl_weight: float = field(default=0.1, metadata={"help": "Weight of the KL term after its rise."})
@@ -333,9 +333,9 @@ def main(argv: list[str]) -> None:
         print_plan(jobs, args.results_file)
         return
     device = choose_device(args.device)
-    data = load_images(args.data_dir, settings.num_images, validate=settings.validate, device=device)
+    data = load_images(args.data_dir, settings.num_examples, validate=settings.validate, device=device)
     runs = finish(args.results_file, jobs, lambda job: run(job, data, device), Run)
-    print(f"VGG-16, {settings.width:g} times as wide, on {settings.num_images:,} images of CIFAR-10\n")
+    print(f"VGG-16, {settings.width:g} times as wide, on {settings.num_examples:,} images of CIFAR-10\n")
     print(summarise(runs))
 
 

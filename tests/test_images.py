@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import images
 import pytest
 import torch
+from benchmarks import classifiers
+from benchmarks.classifiers import Kind
 from cifar_samples import write_folder
 
 from hf_vdneuron.architectures import find_sublayers
@@ -15,8 +16,8 @@ from hf_vdneuron.architectures import find_sublayers
 NUM_TRAIN, NUM_TEST = 128, 20
 
 #: The same kinds of models, smaller.
-TINY: dict[str, tuple[dict[str, Any], int]] = {
-    "vit": (
+TINY = {
+    "vit": Kind(
         {
             "hidden_size": 16,
             "num_hidden_layers": 2,
@@ -27,8 +28,8 @@ TINY: dict[str, tuple[dict[str, Any], int]] = {
         },
         17,
     ),
-    "convnext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
-    "resnet": ({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
+    "convnext": Kind({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
+    "resnet": Kind({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
 }
 
 
@@ -40,11 +41,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MODELS", TINY)
-    monkeypatch.setattr(images, "BATCH_SIZE", 16)
+    monkeypatch.setattr(classifiers, "BATCH_SIZE", 16)
 
 
 def flags(data_dir: Path, results: Path, *more: str) -> list[str]:
-    few = ["--num_images", str(NUM_TRAIN), "--epochs", "2", "--seeds", "0", "--use_cpu", "True"]
+    few = ["--num_examples", str(NUM_TRAIN), "--epochs", "2", "--seeds", "0", "--use_cpu", "True"]
     return ["--data_dir", str(data_dir), "--results_file", str(results), *few, *more]
 
 
@@ -75,13 +76,13 @@ def test_positions_are_those_of_the_first_blocks(model_type: str) -> None:
     model(torch.zeros(1, 3, 32, 32))
     is_channels_first = model_type == "resnet"
     positions = seen[0][2:] if is_channels_first else seen[0][1:-1]
-    assert positions.numel() == TINY[model_type][1]
+    assert positions.numel() == TINY[model_type].positions
 
 
 def test_images_are_augmented_in_training_alone() -> None:
-    rows = images.examples(torch.randn(8, 3, 32, 32), torch.arange(8))
+    rows = images.pair(torch.randn(8, 3, 32, 32), torch.arange(8))
     plain = images.collate(rows, is_augmented=False)
-    assert torch.equal(plain["pixel_values"], torch.stack([row["pixel_values"] for row in rows]))
+    assert torch.equal(plain["pixel_values"], torch.stack([image for image, _ in rows]))
     assert not torch.equal(images.collate(rows, is_augmented=True)["pixel_values"], plain["pixel_values"])
 
 

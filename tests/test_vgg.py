@@ -45,7 +45,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def flags(data_dir: Path, results: Path, *more: str) -> list[str]:
-    few = ["--width", str(WIDTH), "--num_images", "30", "--epochs", "1", "--dense_epochs", "1", "--seeds", "0"]
+    few = ["--width", str(WIDTH), "--num_examples", "30", "--epochs", "1", "--dense_epochs", "1", "--seeds", "0"]
     return ["--data_dir", str(data_dir), "--results_file", str(results), "--device", "cpu", *few, *more]
 
 
@@ -94,10 +94,10 @@ def test_validation_images_are_not_trained_on(data_dir: Path) -> None:
     assert len(seen.unique(dim=0)) == NUM_TRAIN
 
 
-@pytest.mark.parametrize(("num_images", "validate"), [(0, False), (NUM_TRAIN + 1, False), (NUM_TRAIN, True)])
-def test_images_that_are_not_there_are_refused(num_images: int, validate: bool, data_dir: Path) -> None:
-    with pytest.raises(ValueError, match=f"`num_images` is {num_images}: expected 1 to"):
-        cifar10.load_images(data_dir, num_images, validate=validate, device=CPU)
+@pytest.mark.parametrize(("num_examples", "validate"), [(0, False), (NUM_TRAIN + 1, False), (NUM_TRAIN, True)])
+def test_images_that_are_not_there_are_refused(num_examples: int, validate: bool, data_dir: Path) -> None:
+    with pytest.raises(ValueError, match=f"`num_examples` is {num_examples}: expected 1 to"):
+        cifar10.load_images(data_dir, num_examples, validate=validate, device=CPU)
 
 
 def test_a_file_without_images_is_refused_by_name(tmp_path: Path, data_dir: Path) -> None:
@@ -240,7 +240,7 @@ def test_distances_bound_how_far_the_posterior_moves(distance: float) -> None:
     "change",
     [
         ["--width", "0.0625"],
-        ["--num_images", "20"],
+        ["--num_examples", "20"],
         ["--dense_epochs", "2"],
         ["--epochs", "2"],
         ["--kl_weight", "0.3"],
@@ -285,7 +285,7 @@ def test_the_table_sets_each_run_against_the_control_of_its_seed() -> None:
 
 def test_the_plan_lists_what_is_left(data_dir: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = flags(data_dir, results, "--seeds", "0", "1", "--priors", "group", "dense", "--plan")
-    settings = {"num_images": 30, "dense_epochs": 1}
+    settings = {"num_examples": 30, "dense_epochs": 1}
     append_run(results, finished(job(**settings)))
     append_run(results, finished(job(**settings, prior="dense", seed=1, kl_weight=7.0)))
     vgg.main(argv)
@@ -296,7 +296,7 @@ def test_the_plan_lists_what_is_left(data_dir: Path, results: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(["--priors", "laplace"], "`priors` holds"), (["--num_images", "99"], "`num_images` is 99")],
+    [(["--priors", "laplace"], "`priors` holds"), (["--num_examples", "99"], "`num_examples` is 99")],
 )
 def test_wrong_choices_are_refused(
     wrong: list[str], message: str, data_dir: Path, results: Path, capsys: pytest.CaptureFixture[str]

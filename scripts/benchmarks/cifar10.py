@@ -74,12 +74,12 @@ def read_images(path: Path, rows: np.ndarray | None = None) -> tuple[Tensor, Ten
     return torch.from_numpy(np.stack(decoded)).movedim(-1, 1), torch.tensor(table[LABEL].to_pylist())
 
 
-def load_images(data_dir: Path, num_images: int, *, validate: bool, device: torch.device) -> Images:
+def load_images(data_dir: Path, num_examples: int, *, validate: bool, device: torch.device) -> Images:
     """Load what a run trains on and what it is scored on.
 
     Args:
         data_dir: Folder of the data.
-        num_images: Number of training images.
+        num_examples: Number of training images.
         validate: Whether to score on training images that are not trained on, instead of the test images.
         device: Where they should lie.
 
@@ -92,10 +92,10 @@ def load_images(data_dir: Path, num_images: int, *, validate: bool, device: torc
     train_file = data_dir / "train.parquet"
     num_rows = _open(train_file).metadata.num_rows
     reserved = NUM_VALIDATION_IMAGES if validate else 0
-    if not 0 < num_images <= num_rows - reserved:
-        raise ValueError(f"`num_images` is {num_images}: expected 1 to {num_rows - reserved}")
+    if not 0 < num_examples <= num_rows - reserved:
+        raise ValueError(f"`num_examples` is {num_examples}: expected 1 to {num_rows - reserved}")
     order = np.random.RandomState(SPLIT_SEED).permutation(num_rows)
-    train, train_labels = read_images(train_file, order[:num_images])
+    train, train_labels = read_images(train_file, order[:num_examples])
     if validate:
         held_out, labels = read_images(train_file, order[-NUM_VALIDATION_IMAGES:])
     else:

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classify sounds: train small models of transformers on spoken words, then remove what they do not need.
+
+    python scripts/sounds.py --data_dir DIR
+
+`DIR` holds a folder of WAV files per class, such as one per language. Files of the same name, in whatever class, are
+either all trained on or all held out, so that a word is not recognised for having been heard. A run is scored on those
+held out: dense, right after the cut, and in the end. Finished runs are kept in `--results_file`, and skipped.
+"""
+
+import math
+import struct
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from benchmarks.classifiers import Arguments, Examples, Job, Kind, Run, Settings, check_types, classify, run_all
+from numpy.typing import NDArray
+from scipy.io import wavfile
+from scipy.signal import resample_poly
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
+
+from hf_vdneuron.cli import one_line_errors, parse_args
+
+
+#: Samples per second, those of Whisper (Radford 2022, section 2.2) and wav2vec 2.0 (Baevski 2020, section 4.2).
+SAMPLING_RATE = 16_000
+SECONDS = 1
+NUM_SAMPLES = SAMPLING_RATE * SECONDS
+#: Full scale of the 16-bit samples of a file.
+FULL_SCALE = 2**15
+NUM_MELS = 40
+#: One in so many names is held out; which ones is said by NumPy's `RandomState(0).permutation`.
+HELD_OUT_EVERY, SPLIT_SEED = 5, 0
+
+_LAYERS = {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 384}
+#: Type of a model -> how it is built for clips of one second.
+MODELS = {
+    "whisper": Kind(
+        {
+            "num_mel_bins": NUM_MELS,
+            "max_source_positions": 50,  # Whisper's second convolution halves the number of windows
+            "encoder_layers": 4,
+            "d_model": 96,
+            "encoder_attention_heads": 6,
+            "encoder_ffn_dim": 384,
+            "decoder_layers": 0,
+            "classifier_proj_size": 96,
+        },
+        50,
+    ),
+    "wav2vec2": Kind(
+        {
+            **_LAYERS,
+            "conv_dim": (16, 16, 32, 32, 64, 64, 64),
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+            "classifier_proj_size": 96,
+            "layerdrop": 0.0,
+            "mask_time_prob": 0.0,
+        },
+        49,
+    ),
+}
+#: Turns samples into the input of a model.
+FeatureExtractor: TypeAlias = WhisperFeatureExtractor | Wav2Vec2FeatureExtractor
+RESULTS_FILE = Path(__file__).parent / "results" / "sounds.jsonl"
+
+
+class Clip(NamedTuple):
+    """A sound and its class.
+
+    Args:
+        samples: Shape `(T,)`; 1 is full scale.
+        label: Its class.
+    """
+
+    samples: NDArray[np.float32]
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoundArguments(Arguments):
+    """Flags of this script that no result depends on."""
+
+    data_dir: Path = field(metadata={"help": "Folder with a folder of WAV files per class."})
+    model_types: list[str] = field(default_factory=lambda: [*MODELS], metadata={"help": "Models to train."})
+    results_file: Path = field(default=RESULTS_FILE, metadata={"help": "Finished runs, one per line."})
+
+    def __post_init__(self) -> None:
+        """Check the models.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        check_types(self.model_types, MODELS)
+
+
+def read_sound(path: Path) -> NDArray[np.float32]:
+    """Read a file.
+
+    Args:
+        path: A WAV file with one channel of 16-bit samples.
+
+    Returns:
+        Its samples, shape `(T,)`, 16,000 of them per second; 1 is full scale.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        rate, samples = wavfile.read(path)
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{path} is no WAV file, or half of one: copy it again ({error})") from error
+    if samples.dtype != np.int16 or samples.ndim != 1:
+        raise ValueError(
+            f"{path} has samples of type {samples.dtype} in the shape {samples.shape}: expected int16 in one channel; "
+            "`sox IN -c 1 -b 16 OUT` makes them so"
+        )
+    common = math.gcd(rate, SAMPLING_RATE)
+    return resample_poly(samples / FULL_SCALE, SAMPLING_RATE // common, rate // common).astype(np.float32)
+
+
+def load_clips(data_dir: Path, num_examples: int) -> tuple[list[Clip], list[Clip]]:
+    """Read what a run trains on and what it is scored on; files without any sound are left out.
+
+    Args:
+        data_dir: Folder with a folder of WAV files per class.
+        num_examples: Training clips at most.
+
+    Returns:
+        Training clips, in random order, and those held out.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or a file is none.
+    """
+    folders = sorted(path for path in data_dir.glob("*") if path.is_dir())
+    files = {folder: sorted(folder.rglob("*.wav")) for folder in folders}
+    files = {folder: found for folder, found in files.items() if found}
+    if len(files) < 2:
+        raise ValueError(f"{data_dir} holds WAV files in {len(files)} folder(s): expected one folder per class")
+    names = sorted({path.relative_to(folder) for folder, found in files.items() for path in found})
+    random = np.random.RandomState(SPLIT_SEED)
+    held_out_names = {names[index] for index in random.permutation(len(names))[::HELD_OUT_EVERY]}
+    train: list[Clip] = []
+    held_out: list[Clip] = []
+    for label, (folder, found) in enumerate(files.items()):
+        for path in found:
+            if (samples := read_sound(path)).any():
+                side = held_out if path.relative_to(folder) in held_out_names else train
+                side.append(Clip(samples, label))
+    return [train[index] for index in random.permutation(len(train))[:num_examples]], held_out
+
+
+def feature_extractor(model_type: str) -> FeatureExtractor:
+    """Make what turns samples into the input of a model.
+
+    Args:
+        model_type: Its type.
+
+    Returns:
+        The feature extractor.
+    """
+    if model_type == "whisper":
+        return WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=SECONDS)
+    return Wav2Vec2FeatureExtractor()
+
+
+def build_model(model_type: str, num_classes: int) -> PreTrainedModel:
+    """Build a small classifier of sounds.
+
+    Args:
+        model_type: Its type.
+        num_classes: Number of classes.
+
+    Returns:
+        The model, freshly initialised.
+    """
+    config = AutoConfig.for_model(model_type, num_labels=num_classes, **MODELS[model_type].sizes)
+    return AutoModelForAudioClassification.from_config(config)
+
+
+def collate(clips: list[Clip], *, extractor: FeatureExtractor, is_augmented: bool) -> dict[str, Tensor]:
+    """Make a batch of clips of one second; shorter ones are followed by silence.
+
+    Args:
+        clips: Its clips.
+        extractor: Turns samples into the input of the model.
+        is_augmented: Whether the second is drawn from a longer clip, or is its first.
+
+    Returns:
+        Keyword arguments of the model.
+    """
+    sounds = []
+    for clip in clips:
+        longest_wait = max(len(clip.samples) - NUM_SAMPLES, 0)
+        start = int(torch.randint(longest_wait + 1, ())) if is_augmented else 0
+        sounds.append(clip.samples[start : start + NUM_SAMPLES])
+    batch = extractor(
+        sounds, sampling_rate=SAMPLING_RATE, padding="max_length", max_length=NUM_SAMPLES, return_tensors="pt"
+    )
+    inputs: dict[str, Any] = {extractor.model_input_names[0]: batch[extractor.model_input_names[0]]}
+    return inputs | {"labels": torch.tensor([clip.label for clip in clips])}
+
+
+def run(job: Job, train: list[Clip], held_out: list[Clip], *, use_cpu: bool) -> Run:
+    """Train a model densely, cut it, and train what is left.
+
+    Args:
+        job: What to do.
+        train: Clips to train on.
+        held_out: Clips to score on.
+        use_cpu: Whether to leave an accelerator alone.
+
+    Returns:
+        What came out.
+    """
+    build = partial(build_model, job.model_type, 1 + max(clip.label for clip in train))
+    plain = partial(collate, extractor=feature_extractor(job.model_type), is_augmented=False)
+    examples = Examples(train, held_out, augment=partial(plain, is_augmented=True), collate=plain)
+    return classify(job, build, MODELS[job.model_type].positions, examples, use_cpu=use_cpu)
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Run what is missing, and print the table.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    arguments, settings = parse_args((SoundArguments, Settings), argv, description=__doc__)
+    train, held_out = load_clips(arguments.data_dir, settings.num_examples)
+    work = partial(run, train=train, held_out=held_out, use_cpu=arguments.use_cpu)
+    run_all(arguments.model_types, arguments.seeds, settings, arguments.results_file, work)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
