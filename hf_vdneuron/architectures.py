@@ -176,6 +176,16 @@ _BART = (
     Stack("encoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD), optional=True),
     Stack("decoder.layers", _BART_DECODER, optional=True),
 )
+_WHISPER_CROSS_ATTENTION = replace(_BART_CROSS_ATTENTION, memory="config.max_source_positions")
+_WHISPER = (
+    Stack(
+        "encoder.layers",
+        (_BART_ATTENTION, _BART_FEED_FORWARD),
+        length="encoder.embed_positions.num_embeddings",
+        optional=True,
+    ),
+    Stack("decoder.layers", (_BART_ATTENTION, _WHISPER_CROSS_ATTENTION, _BART_FEED_FORWARD), optional=True),
+)
 _OPT = (Stack("decoder.layers", (_BART_ATTENTION, _BART_FEED_FORWARD)),)
 
 _T5_ATTENTION = AttentionLayout(
@@ -204,7 +214,7 @@ _T5 = (Stack("encoder.block", _T5_ENCODER, optional=True), Stack("decoder.block"
 
 # ---- Images and sound ----
 
-#: Of stages each of which halves the height and the width of its map.
+#: Of stages each of which halves the height and the width of its map, as they do by default.
 _HALVED = 4
 
 _VIT_ATTENTION = AttentionLayout(
@@ -218,7 +228,7 @@ _DINOV2 = (Stack("encoder.layer", (_VIT_ATTENTION, *_DINOV2_FEED_FORWARDS)),)
 _SWIN_ATTENTION = replace(
     _VIT_ATTENTION,
     bias_table="relative_position_bias.relative_position_bias_table",
-    window="relative_position_bias.window_area",
+    window="relative_position_bias.window_size",
 )
 _SWIN = (Stack("encoder.layers.*.blocks", (_SWIN_ATTENTION, _PHI_FEED_FORWARD), shrink=_HALVED),)
 
@@ -244,11 +254,12 @@ _RESNET = (Stack("encoder.stages.*.layers", _RESNET_CHANNELS, shrink=_HALVED),)
 _CLIP_LAYER = (_BART_ATTENTION, _PHI_FEED_FORWARD)
 _CLIP_TOWER = (Stack("encoder.layers", _CLIP_LAYER),)
 _CLIP = (
-    Stack("text_model.encoder.layers", _CLIP_LAYER),
+    Stack("text_model.encoder.layers", _CLIP_LAYER, optional=True),
     Stack(
         "vision_model.encoder.layers",
         _CLIP_LAYER,
         length="vision_model.embeddings.position_embedding.num_embeddings",
+        optional=True,
     ),
 )
 
@@ -315,7 +326,7 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "t5": _T5,
     "vit": _VIT,
     "wav2vec2": _WAV2VEC2,
-    "whisper": _BART,
+    "whisper": _WHISPER,
     "xlm-roberta": _BERT,
 }
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, prod
+from math import ceil, inf, prod, sqrt
 
 from torch import nn
 
@@ -91,8 +91,9 @@ class Costs:
 
     Args:
         model: A dense, patched or pruned model. It is looked at once, here.
-        length: Tokens of one sequence; of a map its positions, where the first blocks read it. The images of a model
-            that reads texts as well have the positions that its config says.
+        length: Tokens of one sequence, of an encoder and a decoder alike; of a map its positions, where the first
+            blocks read it, as if it were square. What a model reads beside a text, an image of CLIP or a sound of
+            Whisper, has the positions that its config says.
 
     Attributes:
         sublayers: Its sub-layers, in order.
@@ -133,8 +134,9 @@ class Costs:
         return self._elsewhere + sum(layer.parameters(counts) for layer in self._layers)
 
     def macs(self, counts: UnitCounts) -> float:
-        """Count the multiply-accumulates of heads and neurons, as torch's `FlopCounterMode` does.
+        """Count the multiply-accumulates of heads and neurons, as torch's `FlopCounterMode` does of eager attention.
 
+        What goes with the last unit of a block, such as a convolution that halves its keys, is none of theirs.
         Attention adds, per head, one product of queries with keys, one of attention weights with values, and those of
         either with relative positions, if it is told of any.
 
@@ -153,15 +155,23 @@ class Costs:
 
     def _compared(self, attention: Sublayer) -> float:
         """Count what queries, keys and attention weights are multiplied with."""
-        queries = _positions(attention, self.length)
-        keys = min(queries / attention.reduction, attention.window or inf)
-        relative = attention.relative
+        queries, relative = _positions(attention, self.length), attention.relative
+        keys = min(_keys(attention, self.length), attention.window**2 if attention.window else inf)
         return queries * (2 * keys + (relative.comparisons * relative.number(queries) if relative else 0))
 
 
 def _positions(sublayer: Sublayer, length: int) -> float:
     """Count the positions of one sequence at which a sub-layer runs once."""
-    return (sublayer.length or length) * sublayer.positions
+    positions = (sublayer.length or length) * sublayer.positions
+    side = sqrt(positions)
+    if sublayer.window is None or side <= sublayer.window:
+        return positions
+    return (ceil(side / sublayer.window) * sublayer.window) ** 2  # a map is padded to whole windows
+
+
+def _keys(attention: Sublayer, length: int) -> float:
+    """Count the keys of one sequence."""
+    return attention.memory or _positions(attention, length) / attention.reduction
 
 
 def _layer(model: nn.Module, losses: _Losses, length: int) -> _Layer:
@@ -185,7 +195,7 @@ def _runs(model: nn.Module, sublayer: Sublayer, part: Slice, length: int) -> flo
         positions = relative
     elif part.role in (Role.QUERY, Role.KEY, Role.VALUE):
         is_shared = sublayer.relative is not None and sublayer.relative.are_shared and part.role is not Role.VALUE
-        positions = (positions if part.role is Role.QUERY else positions / sublayer.reduction) + is_shared * relative
+        positions = (positions if part.role is Role.QUERY else _keys(sublayer, length)) + is_shared * relative
     elif part.axis is Axis.OUT:  # units are made at all positions, and read at fewer by a convolution with a stride
         reader = dense_layer(model, sublayer.out_side.slices[0].module)
         positions *= prod(reader.stride) if isinstance(reader, nn.Conv1d | nn.Conv2d) else 1

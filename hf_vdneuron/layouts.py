@@ -15,13 +15,17 @@ from hf_vdneuron.sublayers import Axis, RelativePositions, Role, Side, SideName,
 __all__ = ["AttentionLayout", "ExpertsLayout", "FeedForwardLayout", "Stack"]
 
 
+#: What DeBERTa calls the comparison of queries with relative positions, and that of keys.
+_COMPARISONS = frozenset({"c2p", "p2c"})
+
+
 @dataclass(frozen=True)
 class RelativeLayout:
     """Where an attention block says how it is told of relative positions. All are attributes of its core.
 
     Args:
         span: Holds how far they reach to either side. A core without it is not told of any.
-        comparisons: Names what is compared with them.
+        comparisons: Names what is compared with them: `c2p` for queries, `p2c` for keys.
         shared: Says whether the projections to queries and keys make them too.
         follow_length: No attribute: whether those that reach beyond the sequence are left out.
     """
@@ -42,9 +46,9 @@ class RelativeLayout:
         """
         if not hasattr(core, self.span):
             return None
-        comparisons = len(getattr(core, self.comparisons))
+        comparisons = _COMPARISONS.intersection(getattr(core, self.comparisons))
         return RelativePositions(
-            getattr(core, self.span), comparisons, self.follow_length, getattr(core, self.shared, False)
+            getattr(core, self.span), len(comparisons), self.follow_length, getattr(core, self.shared, False)
         )
 
 
@@ -74,8 +78,10 @@ class AttentionLayout:
         norms: Norms in the core of queries and keys that take the mean over *all* heads. There a removed head has to
             count as zero, so that one ends only together with its queries and keys.
         mixing: Attributes of the core that say, where they are true, that heads are mixed and cannot be told apart.
-        window: Attribute below the core that holds how many positions a query can look at, where those are not all.
+        window: Attribute below the core that holds the sides of what a query looks at, where that is no whole map.
         reduction: Attribute of the core that holds how many positions, along either side of a map, share one key.
+        memory: Attribute below the core that holds how many positions keys are made from, where those are none of the
+            text's.
         name: Name of the sub-layer.
         optional: Whether some models of the type lack the block.
     """
@@ -97,6 +103,7 @@ class AttentionLayout:
     mixing: tuple[str, ...] = ()
     window: str | None = None
     reduction: str | None = None
+    memory: str | None = None
     name: str = "attention"
     optional: bool = False
 
@@ -133,8 +140,9 @@ class AttentionLayout:
             attention=core,
             constant=bias[0] if bias else None,
             relative=None if self.relative is None else self.relative.found(module),
-            window=None if self.window is None else attrgetter(self.window)(module),
+            window=None if self.window is None else min(attrgetter(self.window)(module)),
             reduction=1 if self.reduction is None else getattr(module, self.reduction) ** 2,
+            memory=None if self.memory is None else attrgetter(self.memory)(module),
         )
 
     def _slices(self, model: nn.Module, layer: str) -> tuple[Slice, Slice, Slice, Slice]:

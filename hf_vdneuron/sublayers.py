@@ -187,8 +187,9 @@ class Sublayer:
         positions: At how many positions it runs for each position of the first blocks, where maps get smaller.
         length: Positions of the first blocks, where these are not tokens of the text, or None.
         relative: Relative positions that its queries and keys are compared with, or None.
-        window: How many positions each query can look at, or None if at all of them.
-        reduction: How many positions share one key and one value.
+        window: Side of the square of a map's positions that each query looks at, or None if at all of them.
+        reduction: How many positions share one key and one value. Not together with a window.
+        memory: Positions that keys and values are made from, or None if those that make queries, or as many.
         minimum: How many units have to stay, as the block cannot run with fewer.
         num_experts: How many experts share the units out, each having as many as any other; 1 where there are none.
             Unit `k` of expert `e` is number `e * num_units / num_experts + k`.
@@ -211,6 +212,7 @@ class Sublayer:
     relative: RelativePositions | None = None
     window: int | None = None
     reduction: int = 1
+    memory: int | None = None
     minimum: int = 0
     num_experts: int = 1
     experts_per_token: int = 1

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from zoo import HEADS, KEYS, NEURONS, ROWS, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
@@ -122,6 +122,15 @@ def test_one_tower_of_two(pair: str, side: str) -> None:
     tower = type(getattr(both, f"{side}_model"))(getattr(both.config, f"{side}_config"))
     found = [f"{side}_model.{sublayer.path}" for sublayer in find_sublayers(tower)]
     assert found == [sublayer.path for sublayer in find_sublayers(both) if sublayer.path.startswith(side)]
+
+
+@pytest.mark.parametrize("pair", ["clip", "siglip"])
+def test_one_tower_of_two_classifies_images(pair: str) -> None:
+    """Models of the type of both whose texts were never there."""
+    config = AutoConfig.for_model(pair, **ROWS[pair].settings)
+    found = find_sublayers(AutoModelForImageClassification.from_config(config))
+    both = [sublayer for sublayer in find_sublayers(zoo_model(pair)) if sublayer.path.startswith("vision")]
+    assert found == both
 
 
 def build(row: str, **changes: Any) -> PreTrainedModel:

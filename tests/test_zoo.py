@@ -6,7 +6,6 @@ Each row is a tiny model of its own; whoever adds a row to the table adds one to
 import pickle
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import trained_posterior_
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from zoo import (
     INSTALLED,
@@ -118,46 +116,6 @@ def test_costs_are_those_of_what_is_left(row: str) -> None:
         assert [sublayer.num_units for sublayer in find_sublayers(pruned)] == list(counts.values())
         assert costs.parameters(counts) == pruned.num_parameters() < dense.num_parameters()
         assert costs.macs(counts) == Costs(pruned, length=LENGTH).macs({}) < costs.macs({})
-
-
-@rows
-def test_costs_are_those_of_torch(row: str) -> None:
-    dense = zoo_model(row).eval()
-    dense.set_experts_implementation("eager")  # torch does not count grouped products
-    costs = Costs(dense, length=first_positions(dense))
-    mask = masks(dense)["ragged"]
-    saved = costs.macs({}) - costs.macs(unit_counts(costs.sublayers, mask))
-    assert saved == multiply_accumulates(dense) - multiply_accumulates(prune_model_(dense, mask)) > 0
-
-
-def alone(model: PreTrainedModel) -> dict[str, Any]:
-    """One sequence, image or sound without padding; as many tokens where a decoder reads what an encoder said."""
-    inputs = {name: value[:1] for name, value in zoo_batch(model).items() if isinstance(value, Tensor)}
-    inputs.pop("attention_mask", None)
-    if model.main_input_name == "input_features":
-        return {**inputs, "labels": torch.arange(4, 4 + model.config.max_source_positions)[None]}
-    if model.config.model_type in {"convnext", "resnet"}:
-        return {"pixel_values": torch.ones(1, 3, 64, 64)}
-    return inputs
-
-
-def multiply_accumulates(model: PreTrainedModel) -> float:
-    with FlopCounterMode(display=False) as counter:
-        model(**alone(model))
-    return counter.get_total_flops() / 2
-
-
-def first_positions(model: PreTrainedModel) -> int:
-    """Positions at which the first block is read."""
-    reader = find_sublayers(model)[0].out_side.slices[0]
-    if reader.parameter != "weight":  # of experts, who read each token more than once
-        return alone(model)["input_ids"].shape[1]
-    seen: list[Tensor] = []
-    hook = model.get_submodule(reader.module).register_forward_hook(lambda *called: seen.append(called[-1]))
-    model(**alone(model))
-    hook.remove()
-    channels = 1 if model.config.model_type == "resnet" else -1
-    return seen[0].numel() // seen[0].shape[channels]
 
 
 @rows
