@@ -15,7 +15,18 @@ from pathlib import Path
 
 import torch
 from benchmarks.cifar10 import NUM_CLASSES, augment, load_images
-from benchmarks.classifiers import Arguments, Examples, Job, Kind, Run, Settings, check_types, classify, run_all
+from benchmarks.classifiers import (
+    Arguments,
+    Examples,
+    Job,
+    Recipe,
+    Run,
+    Settings,
+    check_types,
+    classify,
+    fingerprint,
+    run_all,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
@@ -24,7 +35,7 @@ from hf_vdneuron.cli import one_line_errors, parse_args
 
 #: Type of a model -> how it is built for images of 32 x 32 pixels.
 MODELS = {
-    "vit": Kind(
+    "vit": Recipe(
         {
             "hidden_size": 96,
             "num_hidden_layers": 4,
@@ -35,8 +46,8 @@ MODELS = {
         },
         65,
     ),
-    "convnext": Kind({"hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "num_stages": 3, "patch_size": 2}, 256),
-    "resnet": Kind(
+    "convnext": Recipe({"hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "num_stages": 3, "patch_size": 2}, 256),
+    "resnet": Recipe(
         {"hidden_sizes": [64, 128, 256], "depths": [2, 2, 2], "embedding_size": 64, "layer_type": "basic"}, 64
     ),
 }
@@ -45,7 +56,7 @@ RESULTS_FILE = Path(__file__).parent / "results" / "images.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArguments(Arguments):
-    """Flags of this script that no result depends on."""
+    """Flags of this script beside the settings."""
 
     data_dir: Path = field(metadata={"help": "Folder with `train.parquet` and `test.parquet`."})
     model_types: list[str] = field(default_factory=lambda: [*MODELS], metadata={"help": "Models to train."})
@@ -123,6 +134,7 @@ def main(argv: list[str]) -> None:
         argv: Arguments without the program's name.
     """
     arguments, settings = parse_args((ImageArguments, Settings), argv, description=__doc__)
+    files = fingerprint(arguments.data_dir, arguments.data_dir.glob("*.parquet"))
     data = load_images(arguments.data_dir, settings.num_examples, validate=False, device=torch.device("cpu"))
     examples = Examples(
         train=pair(data.train, data.train_labels),
@@ -131,7 +143,7 @@ def main(argv: list[str]) -> None:
         collate=partial(collate, is_augmented=False),
     )
     work = partial(run, examples=examples, use_cpu=arguments.use_cpu)
-    run_all(arguments.model_types, arguments.seeds, settings, arguments.results_file, work)
+    run_all(arguments.model_types, arguments.seeds, settings, files, arguments.results_file, work)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 
     python scripts/sounds.py --data_dir DIR
 
-`DIR` holds a folder of WAV files per class, such as one per language. Files of the same name, in whatever class, are
-either all trained on or all held out, so that a word is not recognised for having been heard. A run is scored on those
-held out: dense, right after the cut, and in the end. Finished runs are kept in `--results_file`, and skipped.
+`DIR` holds a folder of WAV files per class, such as one per language. Files of the same path below their class are
+either all trained on or all held out, so that a word is not recognised for having been heard. Silent ones are left
+out. A run is scored on those held out: dense, right after the cut, and in the end. Finished runs are kept in
+`--results_file`, and skipped.
 """
 
 import math
 import struct
 import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,18 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from benchmarks.classifiers import Arguments, Examples, Job, Kind, Run, Settings, check_types, classify, run_all
+from benchmarks.classifiers import (
+    Arguments,
+    Examples,
+    Job,
+    Recipe,
+    Run,
+    Settings,
+    check_types,
+    classify,
+    fingerprint,
+    run_all,
+)
 from numpy.typing import NDArray
 from scipy.io import wavfile
 from scipy.signal import resample_poly
@@ -41,13 +55,16 @@ NUM_SAMPLES = SAMPLING_RATE * SECONDS
 #: Full scale of the 16-bit samples of a file.
 FULL_SCALE = 2**15
 NUM_MELS = 40
-#: One in so many names is held out; which ones is said by NumPy's `RandomState(0).permutation`.
+#: What stays below this share of full scale all the time is silence, with a little noise.
+SILENCE = 0.01
+#: One in so many paths is held out; which ones is said by NumPy's `RandomState(0).permutation`.
 HELD_OUT_EVERY, SPLIT_SEED = 5, 0
+MIN_CLASSES = 2
 
 _LAYERS = {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 384}
 #: Type of a model -> how it is built for clips of one second.
 MODELS = {
-    "whisper": Kind(
+    "whisper": Recipe(
         {
             "num_mel_bins": NUM_MELS,
             "max_source_positions": 50,  # Whisper's second convolution halves the number of windows
@@ -60,7 +77,7 @@ MODELS = {
         },
         50,
     ),
-    "wav2vec2": Kind(
+    "wav2vec2": Recipe(
         {
             **_LAYERS,
             "conv_dim": (16, 16, 32, 32, 64, 64, 64),
@@ -92,7 +109,7 @@ class Clip(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SoundArguments(Arguments):
-    """Flags of this script that no result depends on."""
+    """Flags of this script beside the settings."""
 
     data_dir: Path = field(metadata={"help": "Folder with a folder of WAV files per class."})
     model_types: list[str] = field(default_factory=lambda: [*MODELS], metadata={"help": "Models to train."})
@@ -120,8 +137,10 @@ def read_sound(path: Path) -> NDArray[np.float32]:
         ValueError: If it is none.
     """
     try:
-        rate, samples = wavfile.read(path)
-    except (ValueError, struct.error) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Reached EOF prematurely", wavfile.WavFileWarning)
+            rate, samples = wavfile.read(path)
+    except (ValueError, struct.error, wavfile.WavFileWarning) as error:
         raise ValueError(f"{path} is no WAV file, or half of one: copy it again ({error})") from error
     if samples.dtype != np.int16 or samples.ndim != 1:
         raise ValueError(
@@ -132,35 +151,62 @@ def read_sound(path: Path) -> NDArray[np.float32]:
     return resample_poly(samples / FULL_SCALE, SAMPLING_RATE // common, rate // common).astype(np.float32)
 
 
-def load_clips(data_dir: Path, num_examples: int) -> tuple[list[Clip], list[Clip]]:
-    """Read what a run trains on and what it is scored on; files without any sound are left out.
+def find_files(data_dir: Path) -> dict[Path, list[Path]]:
+    """Find the files of each class.
 
     Args:
         data_dir: Folder with a folder of WAV files per class.
+
+    Returns:
+        Folder of each class -> its files, in alphabetical order.
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+    """
+    folders = sorted(path for path in data_dir.glob("*") if path.is_dir())
+    files = {folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".wav") for folder in folders}
+    files = {folder: found for folder, found in files.items() if found}
+    if len(files) < MIN_CLASSES:
+        found = f"WAV files in {len(files)} folder(s)" if data_dir.is_dir() else "no folder at all"
+        raise ValueError(
+            f"{data_dir} holds {found}: expected at least {MIN_CLASSES} folders of WAV files, one per class"
+        )
+    return files
+
+
+def load_clips(files: Mapping[Path, Sequence[Path]], num_examples: int) -> tuple[list[Clip], list[Clip]]:
+    """Read what a run trains on and what it is scored on; silent files are left out.
+
+    Args:
+        files: Folder of each class -> its files.
         num_examples: Training clips at most.
 
     Returns:
         Training clips, in random order, and those held out.
 
     Raises:
-        ValueError: If there are fewer than two classes, or a file is none.
+        ValueError: If a file is no sound, or there are too few to train on and to hold out some of each class.
     """
-    folders = sorted(path for path in data_dir.glob("*") if path.is_dir())
-    files = {folder: sorted(folder.rglob("*.wav")) for folder in folders}
-    files = {folder: found for folder, found in files.items() if found}
-    if len(files) < 2:
-        raise ValueError(f"{data_dir} holds WAV files in {len(files)} folder(s): expected one folder per class")
-    names = sorted({path.relative_to(folder) for folder, found in files.items() for path in found})
+    paths = sorted({path.relative_to(folder) for folder, found in files.items() for path in found})
     random = np.random.RandomState(SPLIT_SEED)
-    held_out_names = {names[index] for index in random.permutation(len(names))[::HELD_OUT_EVERY]}
+    held_out_paths = {paths[index] for index in random.permutation(len(paths))[::HELD_OUT_EVERY]}
     train: list[Clip] = []
     held_out: list[Clip] = []
     for label, (folder, found) in enumerate(files.items()):
         for path in found:
-            if (samples := read_sound(path)).any():
-                side = held_out if path.relative_to(folder) in held_out_names else train
+            samples = read_sound(path)
+            if np.abs(samples).max(initial=0) >= SILENCE:
+                side = held_out if path.relative_to(folder) in held_out_paths else train
                 side.append(Clip(samples, label))
-    return [train[index] for index in random.permutation(len(train))[:num_examples]], held_out
+    train = [train[index] for index in random.permutation(len(train))[:num_examples]]
+    for label, folder in enumerate(files):
+        numbers = [sum(clip.label == label for clip in side) for side in (train, held_out)]
+        if not all(numbers):
+            raise ValueError(
+                f"{folder} gives {numbers[0]} sound(s) to train on and {numbers[1]} to hold out: expected some of "
+                "both; add files, or raise `num_examples`"
+            )
+    return train, held_out
 
 
 def feature_extractor(model_type: str) -> FeatureExtractor:
@@ -240,9 +286,11 @@ def main(argv: list[str]) -> None:
         argv: Arguments without the program's name.
     """
     arguments, settings = parse_args((SoundArguments, Settings), argv, description=__doc__)
-    train, held_out = load_clips(arguments.data_dir, settings.num_examples)
+    files = find_files(arguments.data_dir)
+    train, held_out = load_clips(files, settings.num_examples)
     work = partial(run, train=train, held_out=held_out, use_cpu=arguments.use_cpu)
-    run_all(arguments.model_types, arguments.seeds, settings, arguments.results_file, work)
+    data = fingerprint(arguments.data_dir, (path for found in files.values() for path in found))
+    run_all(arguments.model_types, arguments.seeds, settings, data, arguments.results_file, work)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import images
 import pytest
 import torch
 from benchmarks import classifiers
-from benchmarks.classifiers import Kind
+from benchmarks.classifiers import Recipe
 from cifar_samples import write_folder
 
 from hf_vdneuron.architectures import find_sublayers
@@ -17,7 +17,7 @@ NUM_TRAIN, NUM_TEST = 128, 20
 
 #: The same kinds of models, smaller.
 TINY = {
-    "vit": Kind(
+    "vit": Recipe(
         {
             "hidden_size": 16,
             "num_hidden_layers": 2,
@@ -28,8 +28,8 @@ TINY = {
         },
         17,
     ),
-    "convnext": Kind({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
-    "resnet": Kind({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
+    "convnext": Recipe({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
+    "resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
 }
 
 

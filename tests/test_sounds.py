@@ -8,7 +8,7 @@ import pytest
 import sounds
 import torch
 from benchmarks import classifiers
-from benchmarks.classifiers import Kind
+from benchmarks.classifiers import Recipe
 from scipy.io import wavfile
 
 from hf_vdneuron.architectures import find_sublayers
@@ -19,10 +19,10 @@ RATE = 8_000
 
 #: The same kinds of models, smaller.
 TINY = {
-    "whisper": Kind(
+    "whisper": Recipe(
         {**sounds.MODELS["whisper"].sizes, "encoder_layers": 2, "d_model": 16, "encoder_attention_heads": 4}, 50
     ),
-    "wav2vec2": Kind(
+    "wav2vec2": Recipe(
         {
             **sounds.MODELS["wav2vec2"].sizes,
             "num_hidden_layers": 2,
@@ -49,7 +49,8 @@ def data_dir(tmp_path: Path) -> Path:
         (folder / name / "digits").mkdir(parents=True)
         for number in range(NUM_NAMES):
             wavfile.write(folder / name / "digits" / f"{number}.wav", RATE, tone(pitch + number, 0.4 + 0.2 * number))
-        wavfile.write(folder / name / "silence.wav", RATE, np.zeros(RATE, np.int16))
+        noise = np.random.RandomState(0).randint(-2, 3, RATE)
+        wavfile.write(folder / name / "silence.wav", RATE, noise.astype(np.int16))
     return folder
 
 
@@ -78,7 +79,7 @@ def test_each_model_is_trained_cut_and_scored(
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_positions_are_those_of_the_first_blocks(model_type: str, data_dir: Path) -> None:
-    train, _ = sounds.load_clips(data_dir, 100)
+    train, _ = sounds.load_clips(sounds.find_files(data_dir), 100)
     model = sounds.build_model(model_type, 2)
     first = find_sublayers(model)[0].out_side.slices[0].module
     seen: list[torch.Size] = []
@@ -89,14 +90,23 @@ def test_positions_are_those_of_the_first_blocks(model_type: str, data_dir: Path
 
 
 def test_what_is_held_out_was_heard_in_no_class(data_dir: Path) -> None:
-    train, held_out = sounds.load_clips(data_dir, 100)
+    train, held_out = sounds.load_clips(sounds.find_files(data_dir), 100)
     names = NUM_NAMES + 1
     num_held_out = -(-names // sounds.HELD_OUT_EVERY)
     assert len(train) + len(held_out) == 2 * NUM_NAMES  # and the silent ones in neither
     lengths = [{len(clip.samples) for clip in side} for side in (train, held_out)]  # a name has a length of its own
     assert not lengths[0] & lengths[1]
     assert len(held_out) in {2 * num_held_out, 2 * (num_held_out - 1)}
-    assert len(sounds.load_clips(data_dir, 5)[0]) == 5
+    assert len(sounds.load_clips(sounds.find_files(data_dir), 5)[0]) == 5
+
+
+def test_other_data_are_other_jobs(data_dir: Path, tmp_path: Path) -> None:
+    results = tmp_path / "sounds.jsonl"
+    for number in range(2):
+        sounds.main(flags(data_dir, results, "--model_types", "wav2vec2"))
+        wavfile.write(data_dir / "low" / f"more-{number}.WAV", RATE, tone(300.0, 1.0))
+    runs = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert len({run["data"] for run in runs}) == len(runs) == 2
 
 
 def test_sounds_come_at_the_rate_of_the_models(data_dir: Path) -> None:
@@ -108,7 +118,7 @@ def test_sounds_come_at_the_rate_of_the_models(data_dir: Path) -> None:
 
 
 def test_longer_sounds_are_cut_anywhere_in_training_alone(data_dir: Path) -> None:
-    train, held_out = sounds.load_clips(data_dir, 100)
+    train, held_out = sounds.load_clips(sounds.find_files(data_dir), 100)
     clips = [clip for clip in train + held_out if len(clip.samples) > 1.5 * sounds.NUM_SAMPLES]
     extractor = sounds.feature_extractor("wav2vec2")
     batches = [
@@ -133,7 +143,8 @@ def test_short_sounds_are_followed_by_silence(data_dir: Path) -> None:
     ("name", "content", "message"),
     [
         ("no-sound", b"not a sound", "is no WAV file, or half of one"),
-        ("cut-short", None, "is no WAV file, or half of one"),
+        ("cut-short", 20, "is no WAV file, or half of one"),
+        ("cut-later", 2_000, "is no WAV file, or half of one"),
         ("stereo", np.zeros((RATE, 2), np.int16), "expected int16 in one channel"),
         ("floats", np.zeros(RATE, np.float32), "expected int16 in one channel"),
     ],
@@ -150,8 +161,10 @@ def test_files_that_are_none_are_named(
     file = data_dir / "low" / f"{name}.wav"
     if isinstance(content, np.ndarray):
         wavfile.write(file, RATE, content)
+    elif isinstance(content, int):
+        file.write_bytes((data_dir / "low" / "digits" / "1.wav").read_bytes()[:content])
     else:
-        file.write_bytes(content or (data_dir / "low" / "digits" / "1.wav").read_bytes()[:20])
+        file.write_bytes(content)
     with pytest.raises(SystemExit):
         sounds.main(flags(data_dir, tmp_path / "sounds.jsonl"))
     error = capsys.readouterr().err
@@ -160,12 +173,42 @@ def test_files_that_are_none_are_named(
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("folder", "message"), [("low", "holds WAV files in 1 folder(s)"), ("none", "holds no folder at all")]
+)
 def test_a_folder_without_classes_is_refused(
-    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        sounds.main(flags(data_dir / "low", tmp_path / "sounds.jsonl"))
-    assert "holds WAV files in 1 folder(s): expected one folder per class" in capsys.readouterr().err
+        sounds.main(flags(data_dir / folder, tmp_path / "sounds.jsonl"))
+    error = capsys.readouterr().err
+    assert f"{message}: expected at least 2 folders of WAV files, one per class" in error
+
+
+def test_a_class_that_is_never_heard_is_named(data_dir: Path) -> None:
+    for file in (data_dir / "high").rglob("*.wav"):
+        wavfile.write(file, RATE, np.zeros(RATE, np.int16))
+    with pytest.raises(ValueError, match=r"high gives 0 sound\(s\) to train on and 0 to hold out: expected some"):
+        sounds.load_clips(sounds.find_files(data_dir), 100)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("target_speedup", "inf", "expected a number from 1"),
+        ("num_examples", "-1", "expected at least 1"),
+        ("epochs", "0", "expected at least 1"),
+        ("finetune_fraction", "1.5", "expected a number between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(
+    flag: str, value: str, message: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sounds.main(flags(data_dir, tmp_path / "sounds.jsonl", f"--{flag}", value))
+    error = capsys.readouterr().err
+    assert f"`{flag}` is {value}: {message}" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_unknown_models_are_named(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

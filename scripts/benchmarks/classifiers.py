@@ -8,8 +8,9 @@ pretrained one of these kinds; the same trainer takes any classifier of the Hub.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,18 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
-__all__ = ["Arguments", "Collator", "Examples", "Job", "Kind", "Run", "Settings", "check_types", "classify", "run_all"]
+__all__ = [
+    "Arguments",
+    "Examples",
+    "Job",
+    "Recipe",
+    "Run",
+    "Settings",
+    "check_types",
+    "classify",
+    "fingerprint",
+    "run_all",
+]
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
@@ -37,8 +49,8 @@ Collator: TypeAlias = Callable[[list[Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A small model.
+class Recipe:
+    """How a small model is built.
 
     Args:
         sizes: What its config says.
@@ -58,13 +70,36 @@ class Settings:
     epochs: int = field(default=8, metadata={"help": "Epochs of the whole run: fine-tuning, then recovery."})
     finetune_fraction: float = field(default=0.6, metadata={"help": "Share of fine-tuning in them."})
 
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        ranges = {
+            "target_speedup": (1 <= self.target_speedup < math.inf, "a number from 1"),
+            "num_examples": (self.num_examples > 0, "at least 1"),
+            "epochs": (self.epochs > 0, "at least 1"),
+            "finetune_fraction": (0 < self.finetune_fraction < 1, "a number between 0 and 1"),
+        }
+        for name, (is_in_range, expected) in ranges.items():
+            if not is_in_range:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: expected {expected}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Settings):
-    """One model, one seed and the settings: all that a result depends on."""
+    """One model, one seed, the data and the settings: all that a result depends on.
+
+    Args:
+        model_type: Type of the model.
+        seed: Seed of its start and of the order of the examples.
+        data: What `fingerprint` says of the files.
+    """
 
     model_type: str
     seed: int
+    data: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +134,7 @@ class Run(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Flags of both scripts that no result depends on."""
+    """Flags of both scripts beside the settings."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
@@ -152,7 +187,7 @@ class ClassifierTrainer(VDTrainer):
             self.data_collator = training
 
 
-def check_types(model_types: Sequence[str], models: Mapping[str, Kind]) -> None:
+def check_types(model_types: Sequence[str], models: Mapping[str, Recipe]) -> None:
     """Check the flag `model_types`.
 
     Args:
@@ -164,6 +199,20 @@ def check_types(model_types: Sequence[str], models: Mapping[str, Kind]) -> None:
     """
     if unknown := sorted(set(model_types) - models.keys()):
         raise ValueError(f"`model_types` holds {unknown}: expected some of {', '.join(models)}")
+
+
+def fingerprint(data_dir: Path, files: Iterable[Path]) -> str:
+    """Tell data from other data, by the names and sizes of its files.
+
+    Args:
+        data_dir: Folder that they lie in.
+        files: All of them.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    lines = sorted(f"{path.relative_to(data_dir).as_posix()} {path.stat().st_size}\n" for path in files)
+    return sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -193,6 +242,9 @@ def classify(
 
     Returns:
         What came out.
+
+    Raises:
+        ValueError: If there was no cut within so few epochs.
     """
     set_seed(job.seed)
     model = build()
@@ -233,11 +285,15 @@ def classify(
     pruned.to(args.device)  # type: ignore[arg-type]  # transformers wraps `to` so that it seems unbound
     trainer.model = trainer.model_wrapped = pruned
     score = trainer.evaluate()["eval_accuracy"]
-    milestones = [trainer.milestone(f"{name}_accuracy") or math.nan for name in ("dense", "cut")]
+    dense_accuracy, accuracy_after_cut = (trainer.milestone(f"{name}_accuracy") for name in ("dense", "cut"))
+    if dense_accuracy is None or accuracy_after_cut is None:
+        raise ValueError(
+            f"{job.epochs} epochs were too few to score the model before and after the cut: expected more"
+        )
     return Run(
         **asdict(job),
-        dense_accuracy=milestones[0],
-        accuracy_after_cut=milestones[1],
+        dense_accuracy=dense_accuracy,
+        accuracy_after_cut=accuracy_after_cut,
         accuracy=score,
         dense_parameters=dense[1],
         parameters=pruned.num_parameters(),
@@ -251,6 +307,7 @@ def run_all(
     model_types: Sequence[str],
     seeds: Sequence[int],
     settings: Settings,
+    data: str,
     results_file: Path,
     work: Callable[[Job], Run],
 ) -> None:
@@ -260,12 +317,13 @@ def run_all(
         model_types: Models to train.
         seeds: Seeds of each.
         settings: What all runs share.
+        data: What `fingerprint` says of the files.
         results_file: File with one run per line.
         work: Function from a job to its run.
     """
     rows = []
     for model_type in model_types:
-        jobs = [Job(model_type=model_type, seed=seed, **asdict(settings)) for seed in seeds]
+        jobs = [Job(model_type=model_type, seed=seed, data=data, **asdict(settings)) for seed in seeds]
         runs = finish(results_file, jobs, work, Run)
         cells = [
             spread([getattr(one, name) for one in runs])
