@@ -9,7 +9,6 @@ A run is scored on all test images: dense, right after the cut, and in the end. 
 """
 
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from benchmarks.classifiers import (
     Recipe,
     Run,
     Settings,
-    check_types,
     classify,
     fingerprint,
     run_all,
@@ -52,23 +50,6 @@ MODELS = {
     ),
 }
 RESULTS_FILE = Path(__file__).parent / "results" / "images.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageArguments(Arguments):
-    """Flags of this script beside the settings."""
-
-    data_dir: Path = field(metadata={"help": "Folder with `train.parquet` and `test.parquet`."})
-    model_types: list[str] = field(default_factory=lambda: [*MODELS], metadata={"help": "Models to train."})
-    results_file: Path = field(default=RESULTS_FILE, metadata={"help": "Finished runs, one per line."})
-
-    def __post_init__(self) -> None:
-        """Check the models.
-
-        Raises:
-            ValueError: If one is unknown.
-        """
-        check_types(self.model_types, MODELS)
 
 
 def build_model(model_type: str) -> PreTrainedModel:
@@ -133,7 +114,8 @@ def main(argv: list[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    arguments, settings = parse_args((ImageArguments, Settings), argv, description=__doc__)
+    arguments, settings = parse_args((Arguments, Settings), argv, description=__doc__)
+    model_types = arguments.choose(MODELS)
     files = fingerprint(arguments.data_dir, arguments.data_dir.glob("*.parquet"))
     data = load_images(arguments.data_dir, settings.num_examples, validate=False, device=torch.device("cpu"))
     examples = Examples(
@@ -143,7 +125,7 @@ def main(argv: list[str]) -> None:
         collate=partial(collate, is_augmented=False),
     )
     work = partial(run, examples=examples, use_cpu=arguments.use_cpu)
-    run_all(arguments.model_types, arguments.seeds, settings, files, arguments.results_file, work)
+    run_all(model_types, arguments.seeds, settings, files, arguments.results_file or RESULTS_FILE, work)
 
 
 if __name__ == "__main__":

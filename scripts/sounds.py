@@ -14,7 +14,6 @@ import struct
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -28,7 +27,6 @@ from benchmarks.classifiers import (
     Recipe,
     Run,
     Settings,
-    check_types,
     classify,
     fingerprint,
     run_all,
@@ -105,23 +103,6 @@ class Clip(NamedTuple):
 
     samples: NDArray[np.float32]
     label: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoundArguments(Arguments):
-    """Flags of this script beside the settings."""
-
-    data_dir: Path = field(metadata={"help": "Folder with a folder of WAV files per class."})
-    model_types: list[str] = field(default_factory=lambda: [*MODELS], metadata={"help": "Models to train."})
-    results_file: Path = field(default=RESULTS_FILE, metadata={"help": "Finished runs, one per line."})
-
-    def __post_init__(self) -> None:
-        """Check the models.
-
-        Raises:
-            ValueError: If one is unknown.
-        """
-        check_types(self.model_types, MODELS)
 
 
 def read_sound(path: Path) -> NDArray[np.float32]:
@@ -285,12 +266,13 @@ def main(argv: list[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    arguments, settings = parse_args((SoundArguments, Settings), argv, description=__doc__)
+    arguments, settings = parse_args((Arguments, Settings), argv, description=__doc__)
+    model_types = arguments.choose(MODELS)
     files = find_files(arguments.data_dir)
     train, held_out = load_clips(files, settings.num_examples)
     work = partial(run, train=train, held_out=held_out, use_cpu=arguments.use_cpu)
     data = fingerprint(arguments.data_dir, (path for found in files.values() for path in found))
-    run_all(arguments.model_types, arguments.seeds, settings, data, arguments.results_file, work)
+    run_all(model_types, arguments.seeds, settings, data, arguments.results_file or RESULTS_FILE, work)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ __all__ = [
     "Recipe",
     "Run",
     "Settings",
-    "check_types",
     "classify",
     "fingerprint",
     "run_all",
@@ -136,8 +135,29 @@ class Run(Job):
 class Arguments:
     """Flags of both scripts beside the settings."""
 
+    data_dir: Path = field(metadata={"help": "Folder with the data."})
+    model_types: list[str] = field(default_factory=list, metadata={"help": "Models to train; all by default."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run."})
+    results_file: Path | None = field(
+        default=None, metadata={"help": "Finished runs, one per line; by default those of this repository."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
+
+    def choose(self, models: Mapping[str, Recipe]) -> list[str]:
+        """Name the models to train.
+
+        Args:
+            models: What there is.
+
+        Returns:
+            Their types.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        if unknown := sorted(set(self.model_types) - models.keys()):
+            raise ValueError(f"`model_types` holds {unknown}: expected some of {', '.join(models)}")
+        return self.model_types or [*models]
 
 
 @dataclass(frozen=True)
@@ -185,20 +205,6 @@ class ClassifierTrainer(VDTrainer):
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
             self.data_collator = training
-
-
-def check_types(model_types: Sequence[str], models: Mapping[str, Recipe]) -> None:
-    """Check the flag `model_types`.
-
-    Args:
-        model_types: What was asked for.
-        models: What there is.
-
-    Raises:
-        ValueError: If one is unknown.
-    """
-    if unknown := sorted(set(model_types) - models.keys()):
-        raise ValueError(f"`model_types` holds {unknown}: expected some of {', '.join(models)}")
 
 
 def fingerprint(data_dir: Path, files: Iterable[Path]) -> str:
