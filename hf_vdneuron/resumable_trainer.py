@@ -76,7 +76,9 @@ class ResumableTrainer(HubTrainer):
         if not self.is_fsdp_enabled or (is_sharded(self.model) and is_checkpoint):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, self.accelerator.get_state_dict(self.model) if is_sharded(self.model) else None)
+        state_dict = self.accelerator.get_state_dict(self.model) if is_sharded(self.model) else None
+        if self.args.should_save:
+            self._save(output_dir, state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -350,6 +350,15 @@ def test_a_saved_model_says_how_it_was_patched(tmp_path: Path, config: VDConfig 
     assert config is None or VDConfig.from_json(file.read_text(encoding="utf-8")) == config
 
 
+@pytest.mark.parametrize("writes", [True, False], ids=["first", "other"])
+def test_one_process_of_a_sharded_run_writes(tmp_path: Path, writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(VDTrainingArguments, "should_save", writes)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "config.json").exists() == writes
+
+
 def test_the_teacher_is_saved_before_anything_that_a_run_resumes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

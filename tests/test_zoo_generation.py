@@ -8,14 +8,13 @@ import torch
 from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-from zoo import GENERATING, INSTALLED, ROWS, attentions, masks, zoo_batch, zoo_model
+from zoo import GENERATING, INSTALLED, ROWS, assert_alike, attentions, masks, zoo_batch, zoo_model
 
 from hf_vdneuron.masks import mask_model_
 from hf_vdneuron.pruning import prune_model_
 
 
 NEW_TOKENS = 6
-TOLERANCE = 1e-5  # of logits in float32
 
 #: Ways to generate. What is static would be compiled by itself on an accelerator, and says the same without.
 WAYS: dict[str, dict[str, Any]] = {
@@ -74,4 +73,4 @@ def test_pruned_writes_what_masked_does(row: str, way: str) -> None:
         expected = write(masked, **options)
         found = write(prune_model_(masked, mask), **options)
         assert torch.equal(found.sequences, expected.sequences), name
-        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=TOLERANCE, rtol=0)
+        assert_alike(torch.stack(found.logits), torch.stack(expected.logits), name)
