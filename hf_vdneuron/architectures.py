@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each model type keeps its heads and neurons: one row per layout, and nothing else knows.
 
-To add an architecture, write its row and put its model types into `ARCHITECTURES`; patching, pruning, saving and the
-exactness tests then work for it. `layouts` says what the words of a row mean.
+To add an architecture, write its row and put its model types into `ARCHITECTURES`; patching, pruning and saving then
+work for it. `layouts` says what the words of a row mean. Tiny models of it in `tests/zoo.py`, one for each switch of
+its config that changes how heads or neurons are computed, get the exactness tests.
 """
 
 from dataclasses import replace
@@ -41,6 +42,9 @@ _BERT_CROSS_ATTENTION = replace(
 )
 _BERT_FEED_FORWARD = FeedForwardLayout("intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 _BERT = (Stack("encoder.layer", (_BERT_ATTENTION, _BERT_CROSS_ATTENTION, _BERT_FEED_FORWARD)),)
+
+_ROFORMER_ATTENTION = replace(_BERT_ATTENTION, turning=("rotary_value",))
+_ROFORMER = (Stack("encoder.layer", (_ROFORMER_ATTENTION, _BERT_CROSS_ATTENTION, _BERT_FEED_FORWARD)),)
 
 _DISTILBERT_ATTENTION = AttentionLayout(
     core="attention",
@@ -136,6 +140,8 @@ _OLMO2 = (Stack("layers", (replace(_LLAMA_ATTENTION, norms=("q_norm", "k_norm"))
 _PHI_ATTENTION = replace(_LLAMA_ATTENTION, output="self_attn.dense")
 _PHI_FEED_FORWARD = FeedForwardLayout("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
 _PHI = (Stack("layers", (_PHI_ATTENTION, _PHI_FEED_FORWARD)),)
+
+_STARCODER2 = (Stack("layers", (_LLAMA_ATTENTION, _GPT2_FEED_FORWARD)),)
 
 _JINA = (Stack("layers", (_LLAMA_ATTENTION, _PHI_FEED_FORWARD)),)
 
@@ -317,11 +323,13 @@ ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
     "qwen3_moe": _QWEN_MOE,
     "resnet": _RESNET,
     "roberta": _BERT,
+    "roformer": _ROFORMER,
     "segformer": _SEGFORMER,
     "siglip": _CLIP,
     "siglip_text_model": _CLIP_TOWER,
     "siglip_vision_model": _CLIP_TOWER,
     "smollm3": _LLAMA,
+    "starcoder2": _STARCODER2,
     "swin": _SWIN,
     "t5": _T5,
     "vit": _VIT,

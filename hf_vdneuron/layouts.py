@@ -78,6 +78,8 @@ class AttentionLayout:
         norms: Norms in the core of queries and keys that take the mean over *all* heads. There a removed head has to
             count as zero, so that one ends only together with its queries and keys.
         mixing: Attributes of the core that say, where they are true, that heads are mixed and cannot be told apart.
+        turning: Attributes of the core that say, where they are true, that values turn with their position. A bias of
+            theirs is no constant then, which the output's bias could take over.
         window: Attribute below the core that holds the sides of what a query looks at, where that is no whole map.
         reduction: Attribute of the core that holds how many positions, along either side of a map, share one key.
         memory: Attribute below the core that holds how many positions keys are made from, where those are none of the
@@ -101,6 +103,7 @@ class AttentionLayout:
     bias_table: str | None = None
     norms: tuple[str, str] | None = None
     mixing: tuple[str, ...] = ()
+    turning: tuple[str, ...] = ()
     window: str | None = None
     reduction: str | None = None
     memory: str | None = None
@@ -135,7 +138,8 @@ class AttentionLayout:
             num_units=_num_features(model, columns) // columns.size,
             sides=(Side(SideName.IN, (value, *joined)), Side(SideName.OUT, (columns, *joined))),
             companions=(*apart, *self._extras(model, core, query, key), *bias),
-            foldable=dense_layer(model, columns.module).bias is not None,
+            foldable=dense_layer(model, columns.module).bias is not None
+            and not any(getattr(module, name) for name in self.turning),
             attributes=tuple((core, name, factor) for names, factor in factors for name in names),
             attention=core,
             constant=bias[0] if bias else None,

@@ -17,13 +17,13 @@ _XLM = {"vocab_size": VOCABULARY, "emb_dim": 16, "n_layers": 2, "n_heads": 4, "m
 
 #: Type -> sizes of its config.
 SIZES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ernie", "esm", "roformer", "biogpt"), _TEXT),
+    **dict.fromkeys(("ernie", "esm", "biogpt"), _TEXT),
     "squeezebert": {
         **_TEXT,
         "embedding_size": 16,
         **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
     },
-    **dict.fromkeys(("cohere", "exaone4", "glm", "olmo3", "starcoder2"), _GROUPED),
+    **dict.fromkeys(("cohere", "exaone4", "glm", "olmo3"), _GROUPED),
     "gptj": {**_GPT, "rotary_dim": 4},
     "codegen": {**_GPT, "rotary_dim": 4},
     "dinov3_vit": _IMAGES,

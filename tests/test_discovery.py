@@ -34,6 +34,7 @@ BEYOND_PROBING = {
     "a head alone is no block among others": ("falcon_multi_query",),
     "a norm over all heads hides which queries and keys are whose": ("olmo2", "olmo2_ungrouped"),
     "a table of biases in each layer stays whole, as the list of kept heads chooses from it": ("beit",),
+    "values that turn differ between positions": ("roformer_turning",),
     "experts are no layers": tuple(row for row in ROWS if "moe" in row or "mixtral" in row),
 }
 
@@ -47,9 +48,7 @@ STRANGE = {
     "exaone4": ([2, 2], [24, 24], 0),
     "glm": ([2, 2], [24, 24], 0),
     "gptj": ([4, 4], [64, 64], 0),
-    "roformer": ([4, 4], [24, 24], 0),
     "squeezebert": ([4, 4], [24, 24], 1),
-    "starcoder2": ([2, 2], [24, 24], 0),
     "xlm": ([4, 4], [64, 64], 1),
     # Nothing says which heads are whose, how to count them, or that a table of biases stays.
     "codegen": ([], [64, 64], 0),

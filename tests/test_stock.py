@@ -25,7 +25,8 @@ from hf_vdneuron.sublayers import Unit
 #: Rows whose config can say how many heads a layer has, whatever their size.
 WITH_HEADS = {
     *("gemma", "gemma2", "gemma3_text", "granite", "llama", "llama_biased", "mistral", "phi", "phi3"),
-    *("phi3_ungrouped", "qwen2", "qwen3", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "nomic_bert"),
+    *("phi3_ungrouped", "qwen2", "qwen3", "smollm3", "starcoder2", "starcoder2_unbiased", "nomic_bert"),
+    *("mixtral", "qwen2_moe", "qwen3_moe"),
 }
 #: Rows whose config cannot even say how many neurons: a ratio, a multiple of the width, or a config within.
 NEVER = {"bloom", "clip", "convnext", "dinov2", "dinov2_gated", "siglip", "swin"} | {

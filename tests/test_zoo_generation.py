@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "assisted": {"assistant_model": None},  # the dense model: whoever drafts, the tokens are those of the other one
 }
 #: Rows whose dense model could not go back behind a draft in a sliding window, and since when it can.
-SLIDING, SLIDES_BACK = ("gemma2", "gemma3_text", "mistral"), Version("5.23")
+SLIDING, SLIDES_BACK = ("gemma2", "gemma3_text", "mistral", "starcoder2"), Version("5.23")
 #: Ways that take one prompt at a time: the cache is cut back where the draft was wrong.
 DRAFTING = ("prompt_lookup_num_tokens", "assistant_model")
 

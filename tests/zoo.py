@@ -182,6 +182,8 @@ _MASKED_LM = {
     "mpnet": Row("mpnet", TEXT),
     "nomic_bert": Row("nomic_bert", {**TEXT, "type_vocab_size": 2}),
     "roberta": Row("roberta", TEXT),
+    "roformer": Row("roformer", {**TEXT, "embedding_size": 8}),
+    "roformer_turning": Row("roformer", {**TEXT, "rotary_value": True}),
     "xlm_roberta": Row("xlm-roberta", TEXT),
 }
 _CAUSAL_LM = {
@@ -213,6 +215,8 @@ _CAUSAL_LM = {
     "qwen3": Row("qwen3", GROUPED, heads=KEYS),
     "qwen3_moe": Row("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": [1]}, heads=KEYS, neurons=_EXPERTS * _PER_EXPERT),
     "smollm3": Row("smollm3", GROUPED, heads=KEYS),
+    "starcoder2": Row("starcoder2", {**GROUPED, "sliding_window": 4}, heads=KEYS),
+    "starcoder2_unbiased": Row("starcoder2", {**GROUPED, "use_bias": False}, heads=KEYS),
 }
 _SEQ2SEQ_LM = {
     "bart": Row("bart", _BART),
