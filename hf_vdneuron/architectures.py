@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each model type keeps its heads and neurons: one row per layout, and nothing else knows.
 
-To add an architecture, write its row and put its model types into `ARCHITECTURES`; patching, pruning and saving then
+To add an architecture, write its row and put its model types into `_ROWS`; patching, pruning and saving then
 work for it. `layouts` says what the words of a row mean. Tiny models of it in `tests/zoo.py`, one for each switch of
 its config that changes how heads or neurons are computed, get the exactness tests.
 """
@@ -275,68 +275,46 @@ _WAV2VEC2_FEED_FORWARD = FeedForwardLayout(
 )
 _WAV2VEC2 = (Stack("encoder.layers", (_WAV2VEC2_ATTENTION, _WAV2VEC2_FEED_FORWARD)),)
 
-#: `config.model_type` -> where its heads and neurons are.
-ARCHITECTURES: dict[str, tuple[Stack, ...]] = {
+#: Model types, one beside another -> where their heads and neurons are.
+_ROWS: dict[str, tuple[Stack, ...]] = {
     "albert": _ALBERT,
-    "bart": _BART,
-    "beit": _VIT,
-    "bert": _BERT,
+    "bart marian mbart pegasus": _BART,
+    "beit deit vit": _VIT,
+    "bert camembert electra roberta xlm-roberta": _BERT,
     "bloom": _BLOOM,
-    "camembert": _BERT,
-    "clip": _CLIP,
-    "clip_text_model": _CLIP_TOWER,
-    "clip_vision_model": _CLIP_TOWER,
+    "clip siglip": _CLIP,
+    "clip_text_model clip_vision_model siglip_text_model siglip_vision_model": _CLIP_TOWER,
     "convnext": _CONVNEXT,
     "deberta": _DEBERTA,
     "deberta-v2": _DEBERTA_V2,
-    "deit": _VIT,
     "dinov2": _DINOV2,
     "distilbert": _DISTILBERT,
-    "electra": _BERT,
     "falcon": _FALCON,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    "gemma gemma2 gemma3_text granite llama mistral nomic_bert qwen2 qwen3 smollm3": _LLAMA,
     "gpt2": _GPT2,
     "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
-    "granite": _LLAMA,
-    "hubert": _WAV2VEC2,
+    "hubert wav2vec2": _WAV2VEC2,
     "jina_embeddings_v3": _JINA,
-    "llama": _LLAMA,
-    "marian": _BART,
-    "mbart": _BART,
-    "mistral": _LLAMA,
     "mixtral": _MIXTRAL,
     "modernbert": _MODERNBERT,
     "mpnet": _MPNET,
-    "mt5": _T5,
-    "nomic_bert": _LLAMA,
+    "mt5 t5": _T5,
     "olmo2": _OLMO2,
     "opt": _OPT,
-    "pegasus": _BART,
     "phi": _PHI,
     "phi3": _PHI3,
-    "qwen2": _LLAMA,
-    "qwen2_moe": _QWEN_MOE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _QWEN_MOE,
+    "qwen2_moe qwen3_moe": _QWEN_MOE,
     "resnet": _RESNET,
-    "roberta": _BERT,
     "roformer": _ROFORMER,
     "segformer": _SEGFORMER,
-    "siglip": _CLIP,
-    "siglip_text_model": _CLIP_TOWER,
-    "siglip_vision_model": _CLIP_TOWER,
-    "smollm3": _LLAMA,
     "starcoder2": _STARCODER2,
     "swin": _SWIN,
-    "t5": _T5,
-    "vit": _VIT,
-    "wav2vec2": _WAV2VEC2,
     "whisper": _WHISPER,
-    "xlm-roberta": _BERT,
 }
+
+#: `config.model_type` -> where its heads and neurons are.
+ARCHITECTURES = {model_type: stacks for types, stacks in _ROWS.items() for model_type in types.split()}
 
 
 def is_supported(model: nn.Module) -> bool:

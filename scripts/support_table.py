@@ -31,7 +31,7 @@ def support_rows() -> Iterator[tuple[str, str, str, str]]:
         Row of the table: types that keep heads and neurons in the same places; what goes; "yes" or nothing.
     """
     alike: dict[tuple[tuple[Stack, ...], bool], list[str]] = {}
-    for model_type, stacks in ARCHITECTURES.items():
+    for model_type, stacks in sorted(ARCHITECTURES.items()):
         alike.setdefault((stacks, generates(model_type)), []).append(model_type)
     for (stacks, is_generating), types in alike.items():
         heads, neurons = removable(stacks)
