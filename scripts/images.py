@@ -26,7 +26,7 @@ from benchmarks.classifiers import (
     run_all,
 )
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification
 
 from hf_vdneuron.cli import one_line_errors, parse_args
 
@@ -50,19 +50,6 @@ MODELS = {
     ),
 }
 RESULTS_FILE = Path(__file__).parent / "results" / "images.jsonl"
-
-
-def build_model(model_type: str) -> PreTrainedModel:
-    """Build a small image classifier.
-
-    Args:
-        model_type: Its type.
-
-    Returns:
-        The model, freshly initialised.
-    """
-    config = AutoConfig.for_model(model_type, num_labels=NUM_CLASSES, **MODELS[model_type].sizes)
-    return AutoModelForImageClassification.from_config(config)
 
 
 def pair(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -92,21 +79,6 @@ def collate(rows: list[tuple[Tensor, Tensor]], *, is_augmented: bool) -> dict[st
     return {"pixel_values": augment(images) if is_augmented else images, "labels": labels}
 
 
-def run(job: Job, examples: Examples, *, use_cpu: bool) -> Run:
-    """Train a model densely, cut it, and train what is left.
-
-    Args:
-        job: What to do.
-        examples: Images to train on and to score on.
-        use_cpu: Whether to leave an accelerator alone.
-
-    Returns:
-        What came out.
-    """
-    build = partial(build_model, job.model_type)
-    return classify(job, build, MODELS[job.model_type].positions, examples, use_cpu=use_cpu)
-
-
 @one_line_errors
 def main(argv: list[str]) -> None:
     """Run what is missing, and print the table.
@@ -119,12 +91,17 @@ def main(argv: list[str]) -> None:
     files = fingerprint(arguments.data_dir, arguments.data_dir.glob("*.parquet"))
     data = load_images(arguments.data_dir, settings.num_examples, validate=False, device=torch.device("cpu"))
     examples = Examples(
+        num_classes=NUM_CLASSES,
         train=pair(data.train, data.train_labels),
         held_out=pair(data.held_out, data.held_out_labels),
         augment=partial(collate, is_augmented=True),
         collate=partial(collate, is_augmented=False),
     )
-    work = partial(run, examples=examples, use_cpu=arguments.use_cpu)
+
+    def work(job: Job) -> Run:
+        recipe = MODELS[job.model_type]
+        return classify(job, AutoModelForImageClassification.from_config, recipe, examples, use_cpu=arguments.use_cpu)
+
     run_all(model_types, arguments.seeds, settings, files, arguments.results_file or RESULTS_FILE, work)
 
 

@@ -36,9 +36,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForAudioClassification,
-    PreTrainedModel,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
@@ -59,7 +57,6 @@ SILENCE = 0.01
 HELD_OUT_EVERY, SPLIT_SEED = 5, 0
 MIN_CLASSES = 2
 
-_LAYERS = {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 384}
 #: Type of a model -> how it is built for clips of one second.
 MODELS = {
     "whisper": Recipe(
@@ -77,7 +74,10 @@ MODELS = {
     ),
     "wav2vec2": Recipe(
         {
-            **_LAYERS,
+            "num_hidden_layers": 4,
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "intermediate_size": 384,
             "conv_dim": (16, 16, 32, 32, 64, 64, 64),
             "num_conv_pos_embeddings": 16,
             "num_conv_pos_embedding_groups": 4,
@@ -88,8 +88,12 @@ MODELS = {
         49,
     ),
 }
-#: Turns samples into the input of a model.
 FeatureExtractor: TypeAlias = WhisperFeatureExtractor | Wav2Vec2FeatureExtractor
+#: Type of a model -> what turns samples into its input.
+EXTRACTORS: dict[str, FeatureExtractor] = {
+    "whisper": WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=SECONDS),
+    "wav2vec2": Wav2Vec2FeatureExtractor(),
+}
 RESULTS_FILE = Path(__file__).parent / "results" / "sounds.jsonl"
 
 
@@ -190,34 +194,6 @@ def load_clips(files: Mapping[Path, Sequence[Path]], num_examples: int) -> tuple
     return train, held_out
 
 
-def feature_extractor(model_type: str) -> FeatureExtractor:
-    """Make what turns samples into the input of a model.
-
-    Args:
-        model_type: Its type.
-
-    Returns:
-        The feature extractor.
-    """
-    if model_type == "whisper":
-        return WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=SECONDS)
-    return Wav2Vec2FeatureExtractor()
-
-
-def build_model(model_type: str, num_classes: int) -> PreTrainedModel:
-    """Build a small classifier of sounds.
-
-    Args:
-        model_type: Its type.
-        num_classes: Number of classes.
-
-    Returns:
-        The model, freshly initialised.
-    """
-    config = AutoConfig.for_model(model_type, num_labels=num_classes, **MODELS[model_type].sizes)
-    return AutoModelForAudioClassification.from_config(config)
-
-
 def collate(clips: list[Clip], *, extractor: FeatureExtractor, is_augmented: bool) -> dict[str, Tensor]:
     """Make a batch of clips of one second; shorter ones are followed by silence.
 
@@ -241,24 +217,6 @@ def collate(clips: list[Clip], *, extractor: FeatureExtractor, is_augmented: boo
     return inputs | {"labels": torch.tensor([clip.label for clip in clips])}
 
 
-def run(job: Job, train: list[Clip], held_out: list[Clip], *, use_cpu: bool) -> Run:
-    """Train a model densely, cut it, and train what is left.
-
-    Args:
-        job: What to do.
-        train: Clips to train on.
-        held_out: Clips to score on.
-        use_cpu: Whether to leave an accelerator alone.
-
-    Returns:
-        What came out.
-    """
-    build = partial(build_model, job.model_type, 1 + max(clip.label for clip in train))
-    plain = partial(collate, extractor=feature_extractor(job.model_type), is_augmented=False)
-    examples = Examples(train, held_out, augment=partial(plain, is_augmented=True), collate=plain)
-    return classify(job, build, MODELS[job.model_type].positions, examples, use_cpu=use_cpu)
-
-
 @one_line_errors
 def main(argv: list[str]) -> None:
     """Run what is missing, and print the table.
@@ -270,7 +228,13 @@ def main(argv: list[str]) -> None:
     model_types = arguments.choose(MODELS)
     files = find_files(arguments.data_dir)
     train, held_out = load_clips(files, settings.num_examples)
-    work = partial(run, train=train, held_out=held_out, use_cpu=arguments.use_cpu)
+
+    def work(job: Job) -> Run:
+        plain = partial(collate, extractor=EXTRACTORS[job.model_type], is_augmented=False)
+        examples = Examples(len(files), train, held_out, augment=partial(plain, is_augmented=True), collate=plain)
+        recipe = MODELS[job.model_type]
+        return classify(job, AutoModelForAudioClassification.from_config, recipe, examples, use_cpu=arguments.use_cpu)
+
     data = fingerprint(arguments.data_dir, (path for found in files.values() for path in found))
     run_all(model_types, arguments.seeds, settings, data, arguments.results_file or RESULTS_FILE, work)
 

@@ -24,17 +24,18 @@ MAP: Inputs = {"pixel_values": torch.ones(1, 3, 20, 20)}
 SWIN = {"image_size": 20, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]}
 SEGFORMER = {"hidden_sizes": [16] * 4, "depths": [1, 1, 1, 2], "num_attention_heads": [2] * 4}
 
-#: Whose costs do not follow from weights alone, and in other ways than in the zoo: type, config, and one example.
-UNUSUAL: dict[str, tuple[str, dict[str, Any], Inputs]] = {
-    "deberta_beyond_its_span": ("deberta", {**RELATIVE, "max_relative_positions": 5}, TOKENS),
-    "deberta_of_queries": ("deberta", {**RELATIVE, "pos_att_type": ["c2p"]}, TOKENS),
-    "deberta_v2_of_keys": ("deberta-v2", {**RELATIVE, "pos_att_type": "p2c"}, TOKENS),
-    "deberta_v3": ("deberta-v2", {**RELATIVE, "position_buckets": 4, "share_att_key": True}, TOKENS),
-    "deberta_v3_in_one_way": ("deberta-v2", {**RELATIVE, "share_att_key": True, "pos_att_type": ["c2p"]}, TOKENS),
-    "deberta_without_positions": ("deberta-v2", {**RELATIVE, "relative_attention": False}, TOKENS),
-    "segformer_of_four_stages": ("segformer", SEGFORMER, {"pixel_values": torch.ones(1, 3, 64, 64)}),
-    "swin_padded": ("swin", {**SWIN, "window_size": 4}, MAP),
-    "swin_within_one_window": ("swin", {**SWIN, "window_size": 5}, MAP),
+#: Whose costs do not follow from weights alone, and in other ways than in the zoo: type, config, one example, and how
+#: many tokens, or positions of a map, that has.
+UNUSUAL: dict[str, tuple[str, dict[str, Any], Inputs, int]] = {
+    "deberta_beyond_its_span": ("deberta", {**RELATIVE, "max_relative_positions": 5}, TOKENS, 12),
+    "deberta_of_queries": ("deberta", {**RELATIVE, "pos_att_type": ["c2p"]}, TOKENS, 12),
+    "deberta_v2_of_keys": ("deberta-v2", {**RELATIVE, "pos_att_type": "p2c"}, TOKENS, 12),
+    "deberta_v3": ("deberta-v2", {**RELATIVE, "position_buckets": 4, "share_att_key": True}, TOKENS, 12),
+    "deberta_v3_in_one_way": ("deberta-v2", {**RELATIVE, "share_att_key": True, "pos_att_type": ["c2p"]}, TOKENS, 12),
+    "deberta_without_positions": ("deberta-v2", {**RELATIVE, "relative_attention": False}, TOKENS, 12),
+    "segformer_of_four_stages": ("segformer", SEGFORMER, {"pixel_values": torch.ones(1, 3, 64, 64)}, 16 * 16),
+    "swin_padded": ("swin", {**SWIN, "window_size": 4}, MAP, 10 * 10),
+    "swin_within_one_window": ("swin", {**SWIN, "window_size": 5}, MAP, 10 * 10),
 }
 
 
@@ -88,8 +89,7 @@ def test_row_costs_what_torch_counts(row: str) -> None:
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_model_costs_what_torch_counts(name: str) -> None:
-    model_type, settings, inputs = UNUSUAL[name]
+    model_type, settings, inputs, length = UNUSUAL[name]
     config = AutoConfig.for_model(model_type, **settings)
     model = randomised_(AutoModel.from_config(config, attn_implementation="eager"))
-    of_map = {"swin": (20 // 2) ** 2, "segformer": (64 // 4) ** 2}
-    require_counted(model, inputs, of_map.get(model_type, TOKENS["input_ids"].shape[1]))
+    require_counted(model, inputs, length)

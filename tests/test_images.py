@@ -9,6 +9,7 @@ import torch
 from benchmarks import classifiers
 from benchmarks.classifiers import Recipe
 from cifar_samples import write_folder
+from transformers import AutoModelForImageClassification
 
 from hf_vdneuron.architectures import find_sublayers
 
@@ -69,7 +70,7 @@ def test_each_model_is_trained_cut_and_scored(
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_positions_are_those_of_the_first_blocks(model_type: str) -> None:
-    model = images.build_model(model_type)
+    model = classifiers.build_model(AutoModelForImageClassification.from_config, model_type, TINY[model_type], 10)
     first = find_sublayers(model)[0].out_side.slices[0].module
     seen: list[torch.Size] = []
     model.get_submodule(first).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))

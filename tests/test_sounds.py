@@ -10,6 +10,7 @@ import torch
 from benchmarks import classifiers
 from benchmarks.classifiers import Recipe
 from scipy.io import wavfile
+from transformers import AutoModelForAudioClassification
 
 from hf_vdneuron.architectures import find_sublayers
 
@@ -80,11 +81,11 @@ def test_each_model_is_trained_cut_and_scored(
 @pytest.mark.parametrize("model_type", TINY)
 def test_positions_are_those_of_the_first_blocks(model_type: str, data_dir: Path) -> None:
     train, _ = sounds.load_clips(sounds.find_files(data_dir), 100)
-    model = sounds.build_model(model_type, 2)
+    model = classifiers.build_model(AutoModelForAudioClassification.from_config, model_type, TINY[model_type], 2)
     first = find_sublayers(model)[0].out_side.slices[0].module
     seen: list[torch.Size] = []
     model.get_submodule(first).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    extractor = sounds.feature_extractor(model_type)
+    extractor = sounds.EXTRACTORS[model_type]
     model(**sounds.collate(train[:3], extractor=extractor, is_augmented=False))
     assert seen[0][:-1] == (3, TINY[model_type].positions)
 
@@ -120,7 +121,7 @@ def test_sounds_come_at_the_rate_of_the_models(data_dir: Path) -> None:
 def test_longer_sounds_are_cut_anywhere_in_training_alone(data_dir: Path) -> None:
     train, held_out = sounds.load_clips(sounds.find_files(data_dir), 100)
     clips = [clip for clip in train + held_out if len(clip.samples) > 1.5 * sounds.NUM_SAMPLES]
-    extractor = sounds.feature_extractor("wav2vec2")
+    extractor = sounds.EXTRACTORS["wav2vec2"]
     batches = [
         sounds.collate(clips, extractor=extractor, is_augmented=is_augmented)["input_values"]
         for is_augmented in (False, True)
@@ -133,7 +134,7 @@ def test_longer_sounds_are_cut_anywhere_in_training_alone(data_dir: Path) -> Non
 
 def test_short_sounds_are_followed_by_silence(data_dir: Path) -> None:
     clip = sounds.Clip(np.ones(10, np.float32), 1)
-    batch = sounds.collate([clip], extractor=sounds.feature_extractor("wav2vec2"), is_augmented=True)
+    batch = sounds.collate([clip], extractor=sounds.EXTRACTORS["wav2vec2"], is_augmented=True)
     assert batch["input_values"].shape == (1, sounds.NUM_SAMPLES)
     assert batch["input_values"][0, 9:].unique().numel() == 2
     assert batch["labels"].tolist() == [1]

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel, set_seed
+from transformers import AutoConfig, EvalPrediction, PreTrainedConfig, PreTrainedModel, set_seed
 
 import hf_vdneuron
 from benchmarks.jobs import finish, job_of, spread
@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Settings",
+    "build_model",
     "classify",
     "fingerprint",
     "run_all",
@@ -45,6 +46,9 @@ WARMUP_SHARE = 0.1
 
 #: Function from examples to keyword arguments of a model, with the classes in `labels`.
 Collator: TypeAlias = Callable[[list[Any]], dict[str, Tensor]]
+
+#: Function from a config to a freshly initialised model.
+FromConfig: TypeAlias = Callable[[PreTrainedConfig], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,14 @@ class Examples:
     """What a classifier is trained on and scored on.
 
     Args:
+        num_classes: Number of classes.
         train: Training examples.
         held_out: Examples to score on.
         augment: Makes a batch to train on.
         collate: Makes a batch to score on.
     """
 
+    num_classes: int
     train: Sequence[Any]
     held_out: Sequence[Any]
     augment: Collator
@@ -234,15 +240,28 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": 100 * (logits.argmax(-1) == labels).double().mean().item()}
 
 
-def classify(
-    job: Job, build: Callable[[], PreTrainedModel], positions: int, examples: Examples, *, use_cpu: bool
-) -> Run:
+def build_model(from_config: FromConfig, model_type: str, recipe: Recipe, num_classes: int) -> PreTrainedModel:
+    """Build a small classifier.
+
+    Args:
+        from_config: Method of an auto class for what is classified, such as `AutoModelForImageClassification`.
+        model_type: Type of the model.
+        recipe: How it is built.
+        num_classes: Number of classes.
+
+    Returns:
+        The model, freshly initialised.
+    """
+    return from_config(AutoConfig.for_model(model_type, num_labels=num_classes, **recipe.sizes))
+
+
+def classify(job: Job, from_config: FromConfig, recipe: Recipe, examples: Examples, *, use_cpu: bool) -> Run:
     """Train a model densely, cut it, and train what is left.
 
     Args:
         job: What to do.
-        build: Makes the model, freshly initialised.
-        positions: Positions that its first blocks see.
+        from_config: Method of an auto class for what is classified, such as `AutoModelForImageClassification`.
+        recipe: How the model is built.
         examples: What to train on and to score on.
         use_cpu: Whether to leave an accelerator alone.
 
@@ -253,8 +272,8 @@ def classify(
         ValueError: If there was no cut within so few epochs.
     """
     set_seed(job.seed)
-    model = build()
-    dense = body_cost(model, length=positions).macs, model.num_parameters()
+    model = build_model(from_config, job.model_type, recipe, examples.num_classes)
+    dense = body_cost(model, length=recipe.positions).macs, model.num_parameters()
     with tempfile.TemporaryDirectory() as folder:
         args = VDTrainingArguments(
             folder,
@@ -276,7 +295,7 @@ def classify(
         trainer = ClassifierTrainer(
             model=model,
             args=args,
-            max_length=positions,
+            max_length=recipe.positions,
             train_dataset=examples.train,
             eval_dataset=examples.held_out,
             data_collator=examples.augment,
@@ -303,7 +322,7 @@ def classify(
         accuracy=score,
         dense_parameters=dense[1],
         parameters=pruned.num_parameters(),
-        speedup=cost_ratio(dense[0], body_cost(pruned, length=positions).macs),
+        speedup=cost_ratio(dense[0], body_cost(pruned, length=recipe.positions).macs),
         seconds=seconds,
         torch_version=torch.__version__,
     )
