@@ -9,11 +9,11 @@ What a unit always says, whatever the input, the bias of the layer that reads it
 is read counts for its deviations from its mean alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,21 @@ class Curvature:
 
 @dataclass(frozen=True)
 class _Call:
-    """One use of a layer in a forward."""
+    """One use of a layer in a forward: what goes in and comes out, in the graph of the loss."""
 
     path: str
     layer: VariationalLayer
     inputs: Tensor
     outputs: Tensor
+
+
+class _Signals(NamedTuple):
+    """What goes through a layer, and the gradients of the loss by it."""
+
+    inputs: Tensor
+    outputs: Tensor
+    by_inputs: Tensor
+    by_outputs: Tensor
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -124,11 +133,10 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
     for batch in batches:
         calls, total, size = _forward(model, layers, batch, loss)
         # The loss of one example depends on its own activations only.
-        # What nothing reads any more, behind an earlier cut, has no gradient.
-        gradients = torch.autograd.grad(total, [call.outputs for call in calls], materialize_grads=True)
-        for call, gradient in zip(calls, gradients, strict=True):
-            weights[call.path] += _squared(call, gradient)
-            scores[call.path].add(call, gradient, first=count, batch_size=size)
+        for path, signals in _signals(calls, total):
+            squares = (signals.inputs.square(), signals.by_outputs.square())
+            weights[path] += layers[path].weight_gradient(*squares)
+            scores[path].add(signals, first=count, batch_size=size)
         count += size
     if count == 0:
         raise ValueError("There is no batch: expected at least one, and a few hundred examples in all.")
@@ -144,28 +152,33 @@ def _forward(
     """Run a batch, and note what goes through each layer, the loss summed over examples, and their number."""
     calls: list[_Call] = []
 
-    def note(layer: VariationalLayer, inputs: tuple[Tensor], outputs: Tensor, *, path: str) -> Tensor:
-        # Of frozen layers too; and what comes next may work in place, so it gets a copy.
-        noted = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
-        calls.append(_Call(path, layer, inputs[0].detach(), noted))
-        return noted.clone()
+    def let_in(_: VariationalLayer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # For this layer alone; and into frozen layers too.
+        return (inputs[0].clone() if inputs[0].requires_grad else inputs[0].detach().requires_grad_(), *inputs[1:])
+
+    def note(layer: VariationalLayer, inputs: tuple[Tensor, ...], outputs: Tensor, *, path: str) -> Tensor:
+        calls.append(_Call(path, layer, inputs[0], outputs))
+        return outputs.clone()  # as what comes next may work in place
 
     with ExitStack() as hooks, torch.enable_grad(), all_experts(model):
         for path, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(let_in).remove)
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
         mean = loss(model, batch)
         size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
         return calls, size * mean, size
 
 
-def _squared(call: _Call, gradient: Tensor) -> Tensor:
-    """Sum the products of squared inputs and squared gradients, in the shape of the weight."""
-    variances = torch.zeros_like(call.layer.log_var, requires_grad=True)
-    with torch.enable_grad():
-        # How the layer spreads variances says where each one goes, whatever kind of layer it is.
-        spread = call.layer.multiply(call.inputs.to(variances.dtype).square(), variances)
-    (squared,) = torch.autograd.grad(spread, variances, gradient.to(spread.dtype).square())
-    return squared
+def _signals(calls: Sequence[_Call], total: Tensor) -> Iterator[tuple[str, _Signals]]:
+    """Go back through the graph of a loss; yield path and signals call by call."""
+    ends = [end for call in calls for end in (call.inputs, call.outputs)]
+    # The loss of one example depends on its own activations only.
+    # What nothing reads any more, behind an earlier cut, has no gradient.
+    gradients = torch.autograd.grad(total, ends, materialize_grads=True)
+    for call, by_inputs, by_outputs in zip(calls, gradients[::2], gradients[1::2], strict=True):
+        # Narrower floats than those of the posterior neither hold sums over all positions nor differences of them.
+        signals = (call.inputs, call.outputs, by_inputs, by_outputs)
+        yield call.path, _Signals(*(signal.detach().to(call.layer.log_var) for signal in signals))
 
 
 class _Scores:
@@ -186,27 +199,21 @@ class _Scores:
         self.slopes: dict[int, Tensor] = {}
         self.total, self.num_positions = torch.zeros(()), 0
 
-    def add(self, call: _Call, gradient: Tensor, *, first: int, batch_size: int) -> None:
+    def add(self, signals: _Signals, *, first: int, batch_size: int) -> None:
         """Count a call in, for examples that begin with the one numbered `first`."""
-        # Narrower floats than those of the posterior neither hold sums over all positions nor differences of them.
-        mean, inputs, gradient = (
-            value.detach().to(self.layer.log_var.dtype) for value in (self.layer.mean, call.inputs, gradient)
-        )
-        inputs.requires_grad_()
-        with torch.enable_grad():
-            outputs = self.layer.multiply(inputs, mean)
+        by_example = partial(self._by_example, batch_size=batch_size)
         if self.reads:
-            (back,) = torch.autograd.grad(outputs, inputs, gradient)
-            signal = inputs.detach() * back
+            by_feature = by_example(signals.inputs * signals.by_inputs)
         else:
-            signal = outputs.detach() * gradient
-        by_group = self.layer.prior.sum_groups(self._by_example(signal, batch_size))
-        self.by_group[first] = by_group + self.by_group.get(first, 0)
+            by_feature = by_example(signals.outputs * signals.by_outputs)
+            if self.layer.bias is not None:  # which no scale scales
+                by_feature = by_feature - self.layer.bias.detach() * by_example(signals.by_outputs)
+        self.by_group[first] = self.layer.prior.sum_groups(by_feature) + self.by_group.get(first, 0)
         if self.is_centred:
-            matters = gradient.ne(0).any(-1)
-            self.total = self.total.to(inputs) + inputs.detach()[matters].sum(0)
+            matters = signals.by_outputs.ne(0).any(-1)
+            self.total = self.total.to(signals.inputs) + signals.inputs[matters].sum(0)
             self.num_positions += int(matters.sum())
-            self.slopes[first] = self._by_example(back, batch_size) + self.slopes.get(first, 0)
+            self.slopes[first] = by_example(signals.by_inputs) + self.slopes.get(first, 0)
 
     def _by_example(self, signal: Tensor, batch_size: int) -> Tensor:
         """Sum over the positions of each example, shape `(batch_size, num_features)`."""

@@ -146,17 +146,21 @@ class VariationalLayer(nn.Module):
             output_var = self._product(inputs.to(dtype).square(), var.to(dtype), None)
         return local_reparameterization(output_mean, output_var)
 
-    def multiply(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Apply the dense layer's map with other weights and no bias.
+    def weight_gradient(self, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+        """Differentiate the dense layer's map by its weights: of squares, how much each variance adds.
 
         Args:
-            inputs: Inputs as the dense layer takes them.
-            weight: Weights in the shape of `weight`: means, or variances for squared inputs.
+            inputs: Inputs as the dense layer takes them, in the dtype of `log_var`.
+            output_gradient: Gradient of its outputs, likewise.
 
         Returns:
-            Outputs as the dense layer gives them.
+            Gradient in the shape of `weight`.
         """
-        return self._product(inputs, weight, None)
+        weight = torch.zeros_like(self.log_var, requires_grad=True)
+        with torch.enable_grad():
+            outputs = self._product(inputs, weight, None)
+        (gradient,) = torch.autograd.grad(outputs, weight, output_gradient)
+        return gradient
 
     @torch.no_grad()
     def initial_statistics(self) -> PriorStatistics:
@@ -229,25 +233,34 @@ class VariationalLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class VDLinear(VariationalLayer, nn.Linear):  # type: ignore[misc]  # the dense class types its bias more loosely
+class _VDMatrix(VariationalLayer):
+    """What layers share that multiply all features by a matrix of shape `(out_features, in_features)`."""
+
+    def weight_gradient(self, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+        """Differentiate the map by its weights, as the base class does but without a forward."""
+        return output_gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
+
+    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight, bias)
+
+
+class VDLinear(_VDMatrix, nn.Linear):  # type: ignore[misc]  # the dense class types its bias more loosely
     """Linear layer with a posterior; `weight` has shape `(out_features, in_features)`."""
 
-    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight, bias)
 
-
-class VDFalconLinear(VariationalLayer, FalconLinear):  # type: ignore[misc]  # as above
+class VDFalconLinear(_VDMatrix, FalconLinear):  # type: ignore[misc]  # as above
     """Falcon's linear layer with a posterior: it adds its bias in a step of its own, and computes the same."""
 
-    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight, bias)
 
-
-class VDTransposedLinear(VariationalLayer, Conv1D):  # type: ignore[misc]  # the dense class types its bias more loosely
+class VDTransposedLinear(_VDMatrix, Conv1D):  # type: ignore[misc]  # the dense class types its bias more loosely
     """GPT-2's `Conv1D` with a posterior: a linear layer whose `weight` has shape `(in_features, out_features)`."""
 
+    def weight_gradient(self, inputs: Tensor, output_gradient: Tensor) -> Tensor:
+        """Differentiate the map by its weights, as the base class does but without a forward."""
+        return super().weight_gradient(inputs, output_gradient).t()
+
     def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight.t(), bias)
+        return super()._product(inputs, weight.t(), bias)
 
 
 class VDConv1d(VariationalLayer, nn.Conv1d):
@@ -264,11 +277,8 @@ class VDConv2d(VariationalLayer, nn.Conv2d):
         return self._conv_forward(inputs, weight, bias)
 
 
-class VDExpertMatrix(VariationalLayer, ExpertMatrix):
+class VDExpertMatrix(_VDMatrix, ExpertMatrix):
     """One matrix of all experts of a layer, with a posterior. The experts, who own its weight, save and load that."""
-
-    def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)

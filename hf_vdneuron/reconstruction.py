@@ -16,9 +16,11 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ LEAST_POSITIONS = 1024
 #: How strongly weights are held where they were, relative to the variance of an input.
 RIDGE = 1e-2
 
+#: Bytes of the dense model's outputs that are kept at a time: with all of a small model's, one forward does for all.
+KEPT_BYTES = 2**29
 
 #: Adds up a tensor over all processes.
 Pool = Callable[[Tensor], Tensor]
@@ -96,32 +100,75 @@ def reconstruct_(
     """
     model.eval()
     dense.eval()
-    has_changed = False
+    fits = _fits(model, dense)
+    wanted = _DenseOutputs(fits, batches, partial(forward, dense))
+    for fit in fits:
+        moments = _Moments(fit.reader)
+        for number, batch in enumerate(batches):
+            if moments.count >= fit.num_positions:
+                break
+            targets = wanted.pop(fit, number)
+            # With nothing left, a layer is not called: it has no inputs, and is its bias.
+            inputs = [target[:, :0] for target in targets]
+            if fit.is_called:
+                passes = _passes({fit.reader: fit.repeats}, partial(forward, model, batch))[fit.reader]
+                inputs = [read[_attended(batch, read)] for read, _ in passes]
+            for read, target in zip(inputs, targets, strict=True):
+                moments.add(read, target)
+        moments.pool_(pool)
+        if moments.count:
+            moments.solve_(fit.reader, ridge)
+        elif fit.has_lost:
+            raise ValueError(
+                f"No attended position of any batch comes to {fit.reader}, which has lost something: expected batches "
+                "that the whole model reads, and that can be read many times."
+            )
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A layer that is to be fitted.
+
+    Args:
+        reader: The layer in the pruned model.
+        original: The same one in the dense model.
+        repeats: Passes through it in a forward.
+        has_lost: Whether its own sub-layer has lost something, or only those ahead of it.
+    """
+
+    reader: DenseLayer
+    original: DenseLayer
+    repeats: int
+    has_lost: bool
+
+    @property
+    def is_called(self) -> bool:
+        """Whether there is anything left to read."""
+        return _weight(self.reader).shape[1] > 0
+
+    @property
+    def num_positions(self) -> int:
+        """Positions to read, if there are as many."""
+        return max(POSITIONS_PER_INPUT * _weight(self.reader).shape[1], LEAST_POSITIONS)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of outputs that this takes."""
+        weight = _weight(self.original)
+        return self.num_positions * weight.shape[0] * weight.element_size()
+
+
+def _fits(model: nn.Module, dense: nn.Module) -> list[_Fit]:
+    """List the layers to fit, from the input to the output."""
+    fits, has_changed = [], False
     for sublayer, complete in zip(find_sublayers(model), find_sublayers(dense), strict=True):
         has_lost = sublayer.num_units < complete.num_units
         has_changed |= has_lost
         reader, original = _reader(model, sublayer), _reader(dense, complete)
         if has_changed and _can_be_fitted(reader, original):
-            moments = _Moments(reader)
-            for batch in batches:
-                if moments.count >= max(POSITIONS_PER_INPUT * len(moments.input), LEAST_POSITIONS):
-                    break
-                wanted = _passes(original, partial(forward, dense, batch), sublayer.repeats)
-                # With nothing left, a layer is not called: it has no inputs, and is its bias.
-                is_called = sublayer.num_units > 0
-                made = _passes(reader, partial(forward, model, batch), sublayer.repeats) if is_called else wanted
-                for (inputs, _), (_, outputs) in zip(made, wanted, strict=True):
-                    attended = _attended(batch, outputs)
-                    moments.add(inputs[attended][:, : len(moments.input)], outputs[attended])
-            moments.pool_(pool)
-            if moments.count:
-                moments.solve_(reader, ridge)
-            elif has_lost:
-                raise ValueError(
-                    f"No attended position of any batch comes to {reader}, which has lost something: expected batches "
-                    "that the whole model reads, and that can be read many times."
-                )
-    return model
+            fits.append(_Fit(reader, original, sublayer.repeats, has_lost))
+    return fits
 
 
 def _can_be_fitted(reader: DenseLayer, original: DenseLayer) -> bool:
@@ -250,20 +297,65 @@ def _weight(reader: DenseLayer) -> Tensor:
     return reader.weight.t() if isinstance(reader, Conv1D) else reader.weight
 
 
+class _DenseOutputs:
+    """What layers of the dense model give at attended positions, each asked for once, batch by batch.
+
+    Args:
+        fits: The layers, in the order in which they are asked for, which is that of a forward.
+        batches: Keyword arguments of a forward.
+        run: Runs the dense model on a batch.
+    """
+
+    def __init__(
+        self, fits: Sequence[_Fit], batches: Sequence[Mapping[str, Any]], run: Callable[[Mapping[str, Any]], object]
+    ) -> None:
+        self.fits = fits
+        self.batches = batches
+        self.run = run
+        self.kept: dict[tuple[_Fit, int], list[Tensor]] = {}
+        self.num_positions = dict.fromkeys(fits, 0)
+
+    def pop(self, fit: _Fit, number: int) -> list[Tensor]:
+        """Give the outputs of one layer for one batch, pass by pass, shapes `(num_positions, num_outputs)`."""
+        if (fit, number) not in self.kept:
+            self._keep_(fit, number)
+        return self.kept.pop((fit, number))
+
+    def _keep_(self, first: _Fit, number: int) -> None:
+        """Run a batch, for the first layer and as many behind it as there is room for."""
+        batch, behind = self.batches[number], self.fits[self.fits.index(first) :]
+        filled = accumulate(fit.num_bytes for fit in behind)
+        chosen = [
+            fit
+            for fit, num_bytes in zip(behind, filled, strict=True)
+            if fit is first or (num_bytes <= KEPT_BYTES and self.num_positions[fit] < fit.num_positions)
+        ]
+        passes = _passes({fit.original: fit.repeats for fit in chosen}, partial(self.run, batch))
+        for fit in chosen:
+            outputs = [its[_attended(batch, its)] for _, its in passes[fit.original]]
+            self.kept[fit, number] = outputs
+            self.num_positions[fit] += sum(map(len, outputs))
+
+
 class _Reached(Exception):  # no error: it ends a forward where all that was asked of it is known
     """What went into a layer, and what came out of it, is known for all of its passes."""
 
 
-def _passes(layer: DenseLayer, run: Callable[[], object], repeats: int) -> list[tuple[Tensor, Tensor]]:
-    """Run a model as far as the last pass through a layer; return what goes in and comes out, pass by pass."""
-    passes: list[tuple[Tensor, Tensor]] = []
+def _passes(
+    repeats: Mapping[DenseLayer, int], run: Callable[[], object]
+) -> dict[DenseLayer, list[tuple[Tensor, Tensor]]]:
+    """Run a model as far as the last pass through some layers; return what goes in and comes out, pass by pass."""
+    passes: dict[DenseLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in repeats}
 
-    def catch(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        passes.append((inputs[0], outputs))
-        if len(passes) == repeats:
+    def catch(layer: DenseLayer, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        if len(passes[layer]) < repeats[layer]:
+            passes[layer].append((inputs[0], outputs))
+        if all(len(its) == repeats[layer] for layer, its in passes.items()):
             raise _Reached
 
-    with layer.register_forward_hook(catch), suppress(_Reached):
+    with ExitStack() as hooks, suppress(_Reached):
+        for layer in repeats:
+            hooks.callback(layer.register_forward_hook(catch).remove)
         run()
     return passes
 

@@ -1,5 +1,7 @@
 """Least squares after a cut: against NumPy, and exact where what is gone can be made up for."""
 
+from collections import Counter
+from collections.abc import Mapping
 from copy import deepcopy
 
 import numpy as np
@@ -222,3 +224,27 @@ def test_a_layer_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) ->
     reconstruct_(all_of_them, dense, data)
     path = sublayer.out_side.slices[0].module
     assert torch.equal(dense_layer(few, path).weight, dense_layer(all_of_them, path).weight)
+
+
+@pytest.mark.parametrize(
+    ("room", "is_shared"),
+    [(reconstruction.KEPT_BYTES, True), (0, False)],
+    ids=["room for all layers", "room for one"],
+)
+def test_one_forward_of_the_dense_model_does_for_as_many_layers_as_there_is_room_for(
+    room: int, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny_bert().eval()
+    expected, pruned = (without(deepcopy(dense), find_sublayers(dense)[0], 1) for _ in range(2))
+    reconstruct_(expected, dense, text_batches())
+    monkeypatch.setattr(reconstruction, "KEPT_BYTES", room)
+    forwards = Counter[int]()
+
+    def count(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        forwards[id(model)] += 1
+        model(**batch)
+
+    reconstruct_(pruned, dense, text_batches(), forward=count)
+    assert forwards[id(dense)] == len(text_batches()) * (1 if is_shared else len(find_sublayers(dense)))
+    for (name, value), fitted in zip(expected.named_parameters(), pruned.parameters(), strict=True):
+        assert torch.equal(fitted, value), name
