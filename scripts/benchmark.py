@@ -33,7 +33,7 @@ from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT, search_mask, tune_gates
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses, draw_scores
-from benchmarks.results import Results, Row, Run, latency_table, score_table
+from benchmarks.results import Results, Row, Run, latency_table, lead_table, score_table
 from transformers import PreTrainedModel, set_seed
 
 from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
@@ -334,7 +334,8 @@ def main(argv: list[str]) -> None:
         return
     if not args.table:
         work(args, results)
-    print(score_table(results.rows()), latency_table(results.rows()), sep="\n\n")
+    rows = results.rows()
+    print(score_table(rows), lead_table(rows, CLOSED_FORM), latency_table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

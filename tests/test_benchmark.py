@@ -14,7 +14,7 @@ from benchmarks import cell, measurements
 from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT
 from benchmarks.plots import draw_courses
-from benchmarks.results import Results, Run, latency_table, score_table
+from benchmarks.results import Results, Run, latency_table, lead_table, score_table
 from glue_samples import write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
@@ -210,6 +210,25 @@ def test_tables_pair_scores_by_seed() -> None:
     lines = score_table(rows).splitlines()
     assert lines[-1] == "| sst2 |  | vd | 2 | 30.00 ± 10.00 % | 74.00 ± 4.00 | 84.00 ± 4.00 | -1.00 ± 1.00 |"
     assert latency_table(rows).splitlines()[-1] == "| sst2 |  | vd | 1 | 32 | 2.00 ± 0.00x | 3.00 ± 0.00x |"
+
+
+def test_leads_are_paired_by_task_and_seed() -> None:
+    rows = [
+        {**row(method, seed, score, 1), "task": task, "target_speedup": None if method == "dense" else 3.0}
+        for task, method, seed, score in [
+            ("sst2", "dense", 0, 0.8),
+            ("sst2", "dense", 1, 0.5),
+            ("cola", "dense", 0, 0.4),
+            ("sst2", "fisher", 0, 0.6),
+            ("sst2", "fisher", 1, 0.5),
+            ("cola", "fisher", 0, 0.1),
+            ("sst2", "vd_closed", 0, 0.7),
+            ("cola", "vd_closed", 0, 0.4),
+        ]
+    ]
+    fisher, ours = lead_table(rows, "vd_closed").splitlines()[2:]
+    assert fisher == "| 3x | fisher | 2 | 3 | 56.2 % | 2 | 20.00 ± 10.00 |"
+    assert ours == "| 3x | vd_closed | 2 | 2 | 93.8 % |  |  |"
 
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:

@@ -6,10 +6,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from benchmarks.cell import DENSE
 
-__all__ = ["Results", "Row", "Run", "latency_table", "score_table"]
+
+__all__ = ["Results", "Row", "Run", "latency_table", "lead_table", "score_table"]
 
 Row = dict[str, Any]
+
+#: What lines of a table are sorted by; other columns are in the order of the finish of their runs.
+SORTED = ("task", "target_speedup")
 
 #: What settings were before they could be chosen. Rows of that time lack them.
 FORMER_SETTINGS: Row = {"distillation": True}
@@ -91,7 +96,7 @@ def score_table(rows: list[Row]) -> str:
         Mean and standard error over seeds, one line per task, target and method. The last column is the score beyond
         the dense checkpoint of the same seed.
     """
-    dense = {(row["task"], row["seed"]): row["score"] for row in rows if row["method"] == "dense"}
+    dense = {(row["task"], row["seed"]): row["score"] for row in rows if row["method"] == DENSE}
     lines = [
         "| task | asked for | method | seeds | body weights left | after the cut | score | against dense |",
         "|---|---|---|---|---|---|---|---|",
@@ -109,6 +114,38 @@ def score_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def lead_table(rows: list[Row], ours: str) -> str:
+    """Sum up over tasks how much of the dense score each method keeps, and how far ahead of it ours is.
+
+    Args:
+        rows: Finished runs.
+        ours: Name of our method.
+
+    Returns:
+        A Markdown table with a line per target and method. What is kept is a mean over tasks of means over seeds; the
+        lead is in points, paired by task and seed, with its standard error over pairs.
+    """
+    scores = {Run(*(row[name] for name in Run._fields)): row["score"] for row in rows}
+    lines = [
+        f"| asked for | method | tasks | runs | of the dense score | pairs | lead of {ours} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (target, method), runs in _grouped([run._asdict() for run in scores], "target_speedup", "method").items():
+        if method == DENSE:
+            continue
+        kept: dict[str, list[float]] = {}
+        leads = []
+        for run in (Run(**run) for run in runs):
+            if dense := scores.get(Run(run.task, run.seed, DENSE)):
+                kept.setdefault(run.task, []).append(100 * scores[run] / dense)
+            if method != ours and (rival := scores.get(run._replace(method=ours))) is not None:
+                leads.append(100 * (rival - scores[run]))
+        share = f"{fmean(map(fmean, kept.values())):.1f} %" if kept else "not measured"
+        cells = [share, str(len(leads)), _spread(leads)] if method != ours else [share, "", ""]
+        lines.append(f"| {_asked(target)} | {method} | {len(kept)} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def latency_table(rows: list[Row]) -> str:
     """Write speed-ups as a Markdown table.
 
@@ -122,7 +159,7 @@ def latency_table(rows: list[Row]) -> str:
     timed = [
         {**row, **timing, "measured": timing["dense"] / timing["pruned"]}
         for row in rows
-        if row["method"] != "dense"
+        if row["method"] != DENSE
         for timing in row["latency"]
     ]
     lines = ["| task | asked for | method | batch | tokens | predicted | measured |", "|---|---|---|---|---|---|---|"]
@@ -139,9 +176,10 @@ def _asked(target: float | None) -> str:
 
 
 def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Group rows by some of their values, task by task and target by target, in the order of their finish."""
+    """Group rows by some of their values, in the order of those that lines are sorted by, and of their finish."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (str(row["task"]), row["target_speedup"] or 0.0)):
+    ranks = [name for name in SORTED if name in names]
+    for row in sorted(rows, key=lambda row: [row[name] or 0.0 for name in ranks]):
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
