@@ -147,20 +147,19 @@ class VariationalLayer(nn.Module):
         return local_reparameterization(output_mean, output_var)
 
     def weight_gradient(self, inputs: Tensor, output_gradient: Tensor) -> Tensor:
-        """Differentiate the dense layer's map by its weights: of squares, how much each variance adds.
+        """Differentiate the dense layer's map by its weights.
 
         Args:
-            inputs: Inputs as the dense layer takes them, in the dtype of `log_var`.
-            output_gradient: Gradient of its outputs, likewise.
+            inputs: Inputs as the dense layer takes them, in the dtype of `log_var`; or their squares.
+            output_gradient: Gradient of the outputs, likewise.
 
         Returns:
-            Gradient in the shape of `weight`.
+            Gradient in the shape of `weight`; of squares, what a variance of each weight adds.
         """
         weight = torch.zeros_like(self.log_var, requires_grad=True)
         with torch.enable_grad():
             outputs = self._product(inputs, weight, None)
-        (gradient,) = torch.autograd.grad(outputs, weight, output_gradient)
-        return gradient
+        return torch.autograd.grad(outputs, weight, output_gradient)[0]
 
     @torch.no_grad()
     def initial_statistics(self) -> PriorStatistics:

@@ -15,7 +15,7 @@ from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT
 from benchmarks.plots import draw_courses
 from benchmarks.results import Results, Run, latency_table, lead_table, score_table
-from glue_samples import write_sst2
+from glue_samples import tiny_classifier, write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
 from transformers import AutoModel, BertConfig
@@ -23,6 +23,7 @@ from transformers import AutoModel, BertConfig
 from hf_vdneuron import trainer
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
+from hf_vdneuron.layers import feature_axis
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.targets import speedup_budget
@@ -166,6 +167,22 @@ def test_the_magnitude_of_a_head_has_its_queries_and_keys() -> None:
     expected = torch.stack([sum(weight.square().sum() for weight in block) for block in blocks])
     scores = SCORERS["magnitude"](model, [], torch.Generator())
     torch.testing.assert_close(scores[find_sublayers(model)[0].path], expected.float())
+
+
+def test_torch_pruning_sees_our_structure() -> None:
+    """Its graph finds both sides of a neuron, and queries, keys, values and outputs of a head."""
+    model = tiny_classifier(2)
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0, 1])}
+    found = SCORERS["torch_pruning"](model, [batch, batch], torch.Generator())
+    model(**batch).loss.backward()
+    for sublayer in find_sublayers(model):
+        matrices = []
+        for part in sublayer.matrices:
+            layer = model.get_submodule(part.module)
+            effects = (layer.weight * layer.weight.grad).abs().sum(1 - feature_axis(layer, part.axis))
+            matrices.append(effects.detach()[part.features(torch.arange(sublayer.num_units))].mean(1))
+        expected = torch.stack(matrices).mean(0)
+        torch.testing.assert_close(found[sublayer.path], expected / expected.mean(), rtol=1e-4, atol=0)
 
 
 @torch.no_grad()

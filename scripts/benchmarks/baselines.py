@@ -8,6 +8,8 @@ References:
 
     Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2020,
     https://arxiv.org/abs/2004.03844
+
+    Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -125,17 +127,54 @@ def taylor(model: nn.Module, batches: Batches, generator: torch.Generator) -> Sc
     return {part.path: slopes[part.path] * (weights[part.unit] / totals[part.unit]) for part in sublayers}
 
 
+def torch_pruning(model: nn.Module, batches: Batches, generator: torch.Generator) -> Scores:
+    """Score a unit by the first-order importance of Torch-Pruning, over the group that its dependency graph finds.
+
+    Args:
+        model: A dense model whose queries, keys and values are layers of their own.
+        batches: Training rows.
+        generator: Not used.
+
+    Returns:
+        The scores, of a head as the mean over its features. The package sets them relative to those of the layer.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    try:
+        import torch_pruning as tp  # type: ignore[import-untyped]  # an optional extra
+    except ImportError as error:
+        raise ValueError("`torch_pruning` needs the package torch-pruning: `pip install torch-pruning`") from error
+    rows = [*batches]
+    graph = tp.DependencyGraph().build_dependency(
+        model, example_inputs=rows[0], output_transform=lambda outputs: outputs.logits, verbose=False
+    )
+    for batch in rows:
+        model(**batch).loss.backward()
+    importance = tp.importance.GroupTaylorImportance()
+    scores = {}
+    for sublayer in find_sublayers(model):
+        made = sublayer.sides[0].slices[0]
+        layer = dense_layer(model, made.module)
+        num_features = layer.weight.shape[feature_axis(layer, made.axis)]
+        group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=[*range(num_features)])
+        scores[sublayer.path] = importance(group).cpu()[made.features(torch.arange(sublayer.num_units))].mean(1)
+    model.zero_grad()
+    return scores
+
+
 #: Name of a baseline -> how it scores units.
 SCORERS: dict[str, Scorer] = {
     "magnitude": magnitude,
     "taylor": taylor,
+    "torch_pruning": torch_pruning,
     "layers": layers,
     "random": at_random,
 }
 
 
 #: Baselines whose scores say which unit goes first whatever it costs.
-RANKINGS = frozenset({"layers", "random"})
+RANKINGS = frozenset({"torch_pruning", "layers", "random"})
 
 
 def keep_affordable(

@@ -67,6 +67,7 @@ MARKERS = {
     "fisher_oneshot": "1",
     "l0": "D",
     "movement": "P",
+    "torch_pruning": "*",
     "layers": "_",
     "random": "x",
 }
