@@ -59,6 +59,8 @@ VARIATIONAL = {
 CLOSED_FORM, CLOSED_FORM_ONE_SHOT = "vd_closed", "vd_oneshot"
 #: Methods that are nothing without a target.
 ASK_FOR_TARGET = (CLOSED_FORM, CLOSED_FORM_ONE_SHOT, *LEARNED_GATES)
+#: Optimizer steps of a dense checkpoint, and of tasks that take longer to learn.
+DENSE_STEPS, MORE_DENSE_STEPS = 400, {"cola": 1500}
 #: In the order in which they run: without a target, scorers need the counts of ours.
 METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 
@@ -87,7 +89,13 @@ class BenchmarkArguments:
     )
     max_train_samples: int = field(default=10_000, metadata={"help": "Training rows at most, drawn by seed."})
     max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
-    dense_steps: int = field(default=400, metadata={"help": "Optimizer steps of the dense checkpoint."})
+    dense_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Optimizer steps of the dense checkpoint; by default {DENSE_STEPS}, and "
+            f"{', '.join(f'{steps} for {task}' for task, steps in MORE_DENSE_STEPS.items())}."
+        },
+    )
     sparsify_steps: int = field(default=400, metadata={"help": "Steps of our sparsification."})
     recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery; others recover for both."})
     dense_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the dense checkpoint."})
@@ -112,10 +120,18 @@ class BenchmarkArguments:
         if not self.target_speedups and set(self.methods) <= set(ASK_FOR_TARGET):
             raise ValueError(f"`methods` holds {self.methods}, which need a target: set `target_speedups` too")
 
-    @property
-    def settings(self) -> Settings:
-        """What every run depends on."""
+    def settings(self, task: str) -> Settings:
+        """Tell what every run of a task depends on.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            The settings.
+        """
         given = {known.name: getattr(self, known.name) for known in fields(Settings) if known.name != "model"}
+        if self.dense_steps is None:
+            given["dense_steps"] = MORE_DENSE_STEPS.get(task, DENSE_STEPS)
         return Settings(model=self.model_name_or_path, **given)
 
     def missing(self, results: Results) -> Iterator[Run]:
@@ -292,7 +308,7 @@ def work(args: BenchmarkArguments, results: Results) -> None:
             if not granted:
                 continue
             cell = Cell(
-                args.settings, task, seed, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
+                args.settings(task), task, seed, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
             )
             left = [run for run in args.missing(results) if (run.task, run.seed) == (task, seed)]
             for run in left:
@@ -322,8 +338,11 @@ def main(argv: list[str]) -> None:
         argv: Arguments without the program's name.
     """
     (args,) = parse_args([BenchmarkArguments], argv, description=__doc__)
-    # A local folder is no part of what was run.
-    settings = {**asdict(args.settings), "model": Path(args.model_name_or_path).name}
+
+    def settings(task: str) -> Row:
+        # A local folder is no part of what was run.
+        return {**asdict(args.settings(task)), "model": Path(args.model_name_or_path).name}
+
     results = Results(Path(args.results_file), settings)
     if args.plan:
         print_plan(args, results)

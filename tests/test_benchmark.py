@@ -110,6 +110,12 @@ def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: py
     assert "| sst2 |  | magnitude | 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, [400, 1500]), (7, [7, 7])], ids=["by default", "as asked"])
+def test_some_tasks_take_longer_to_learn(given: int | None, expected: list[int]) -> None:
+    args = benchmark.BenchmarkArguments("model", dense_steps=given)
+    assert [args.settings(task).dense_steps for task in ("sst2", "cola")] == expected
+
+
 def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = finished
     benchmark.main(flags(samples, folder, "--recover_steps=9", "--plan"))
@@ -250,17 +256,17 @@ def test_leads_are_paired_by_task_and_seed() -> None:
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     path, run = tmp_path / "results.jsonl", Run("sst2", 0, "vd")
-    Results(path, {"steps": 1}).add(run._asdict())
-    assert Results(path, {"steps": 2}).find(run) is None
-    assert Results(path, {"steps": 1}).find(run) is not None
-    assert Results(path, {"steps": 1}).find(run._replace(target_speedup=2.0)) is None
+    Results(path, lambda _: {"steps": 1}).add(run._asdict())
+    assert Results(path, lambda _: {"steps": 2}).find(run) is None
+    assert Results(path, lambda _: {"steps": 1}).find(run) is not None
+    assert Results(path, lambda _: {"steps": 1}).find(run._replace(target_speedup=2.0)) is None
 
 
 def test_rows_from_before_a_setting_have_what_was_the_rule(tmp_path: Path) -> None:
     path, run = tmp_path / "results.jsonl", Run("sst2", 0, "vd")
-    Results(path, {"steps": 1}).add(run._asdict())
-    assert Results(path, {"steps": 1, "distillation": True}).find(run) is not None
-    assert Results(path, {"steps": 1, "distillation": False}).find(run) is None
+    Results(path, lambda _: {"steps": 1}).add(run._asdict())
+    assert Results(path, lambda _: {"steps": 1, "distillation": True}).find(run) is not None
+    assert Results(path, lambda _: {"steps": 1, "distillation": False}).find(run) is None
 
 
 def test_runs_without_a_teacher_are_not_mixed_with_others(

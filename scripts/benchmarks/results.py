@@ -2,6 +2,7 @@
 """Finished runs: a file that only grows, and the table that is made from it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -47,10 +48,10 @@ class Results:
 
     Args:
         path: The file, one JSON object per line.
-        settings: Settings of the runs to look at; rows of others are left alone.
+        settings: Function from a task to the settings of its runs to look at; rows of others are left alone.
     """
 
-    def __init__(self, path: Path, settings: Row) -> None:
+    def __init__(self, path: Path, settings: Callable[[str], Row]) -> None:
         self.path = path
         self.settings = settings
 
@@ -61,8 +62,10 @@ class Results:
             Their rows, in the order in which they were finished.
         """
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        wanted = FORMER_SETTINGS | self.settings
-        return [row for row in map(json.loads, lines) if FORMER_SETTINGS | row["settings"] == wanted]
+        rows = map(json.loads, lines)
+        return [
+            row for row in rows if FORMER_SETTINGS | row["settings"] == FORMER_SETTINGS | self.settings(row["task"])
+        ]
 
     def find(self, run: Run) -> Row | None:
         """Look up one run.
@@ -83,7 +86,7 @@ class Results:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "settings": self.settings}) + "\n")
+            file.write(json.dumps({**row, "settings": self.settings(row["task"])}) + "\n")
 
 
 def score_table(rows: list[Row]) -> str:
