@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prove the method on convolutions: VGG-16 on CIFAR-10, trained from scratch under the prior, cut by the rule alone.
+"""Prove the method on convolutions: VGG-16 on CIFAR-10, trained under the prior, cut by the rule alone, and recovered.
 
     python scripts/vgg.py --data_dir DIR                                              # a small one, for a CPU
     python scripts/vgg.py --data_dir DIR --width 1 --num_examples 50000 --bf16 --device cuda
@@ -60,7 +60,10 @@ class Settings:
     width: float = field(default=0.25, metadata={"help": "Share of the channels and neurons of VGG-16."})
     num_examples: int = field(default=10_000, metadata={"help": "Training images."})
     dense_epochs: int = field(default=10, metadata={"help": "Epochs of dense training before."})
-    epochs: int = field(default=60, metadata={"help": "Epochs under the prior, or of the control."})
+    epochs: int = field(default=60, metadata={"help": "Epochs under the prior."})
+    recover_epochs: int = field(
+        default=30, metadata={"help": "Epochs of what is left, without a prior; the control trains densely for all."}
+    )
     kl_weight: float = field(default=0.1, metadata={"help": "Weight of the KL term after its rise."})
     initial_log_var: float = field(default=-10.0, metadata={"help": "Log-variance that every weight starts with."})
     log_var_distance: float = field(
@@ -87,8 +90,9 @@ class Run(Job):
 
     Args:
         start_accuracy: After the dense epochs.
-        accuracy_after_cut: With the statistics that batch norms gathered under noise; of the control, its accuracy.
-        accuracy: With statistics of the posterior's means.
+        accuracy_after_cut: Before recovery, with the statistics that batch norms have of the posterior's means; of the
+            control, its accuracy.
+        accuracy: In the end.
         units: Channels and neurons of each hidden layer.
         units_left: How many of them the rule left.
         weights_left: Share of the network's parameters that is left, in percent.
@@ -177,19 +181,22 @@ def scaled(num_units: int, width: float) -> int:
 
 @torch.no_grad()
 def settle_norms_(model: nn.Module, images: Tensor) -> None:
-    """Let batch norms gather their statistics anew, in place, as noise and channels that are gone shaped the old ones.
+    """Let batch norms gather their statistics anew, in place: noise, and channels that are gone, shaped the old ones.
 
     Args:
         model: The network as it is used.
         images: Training images.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
     model.train()
     for batch in images.split(EVAL_BATCH_SIZE):
         model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def sparsify_(model: nn.Module, course: Course, job: Job) -> RelevanceMask:
@@ -241,14 +248,14 @@ def run(job: Job, data: Images, device: torch.device) -> Run:
     )
     train_dense_(model, course(epochs=job.dense_epochs))
     start_accuracy = accuracy(model, data.held_out, data.held_out_labels)
-    falling = course(epochs=job.epochs, falling=True)
     if job.prior == CONTROL:
-        train_dense_(model, falling)
+        train_dense_(model, course(epochs=job.epochs + job.recover_epochs, falling=True))
     else:
-        units_left = units_kept(sparsify_(model, falling, job))
+        units_left = units_kept(sparsify_(model, course(epochs=job.epochs, falling=True), job))
+        settle_norms_(model, data.train)
     after_cut = accuracy(model, data.held_out, data.held_out_labels)
     if job.prior != CONTROL:
-        settle_norms_(model, data.train)
+        train_dense_(model, course(epochs=job.recover_epochs, falling=True))
     return Run(
         **asdict(job),
         start_accuracy=start_accuracy,

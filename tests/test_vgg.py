@@ -46,6 +46,7 @@ def results(tmp_path: Path) -> Path:
 
 def flags(data_dir: Path, results: Path, *more: str) -> list[str]:
     few = ["--width", str(WIDTH), "--num_examples", "30", "--epochs", "1", "--dense_epochs", "1", "--seeds", "0"]
+    few += ["--recover_epochs", "1"]
     return ["--data_dir", str(data_dir), "--results_file", str(results), "--device", "cpu", *few, *more]
 
 
@@ -61,7 +62,15 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def job(**changes: Any) -> vgg.Job:
-    return vgg.Job(**{"prior": "group", "seed": 0, "width": WIDTH, "epochs": 1, "dense_epochs": 1, **changes})
+    return vgg.Job(**{
+        "prior": "group",
+        "seed": 0,
+        "width": WIDTH,
+        "epochs": 1,
+        "dense_epochs": 1,
+        "recover_epochs": 1,
+        **changes,
+    })
 
 
 def finished(done: vgg.Job, accuracy: float = 80.0, units_left: tuple[int, ...] = (1, 2)) -> vgg.Run:
@@ -197,6 +206,7 @@ def test_norms_gather_their_statistics_anew() -> None:
     outputs = model[0](inputs)
     torch.testing.assert_close(model[1].running_mean, outputs.mean(0))
     torch.testing.assert_close(model[1].running_var, outputs.var(0))
+    assert model[1].momentum == nn.BatchNorm1d(4).momentum
 
 
 @pytest.mark.parametrize("falling", [False, True])
@@ -243,6 +253,7 @@ def test_distances_bound_how_far_the_posterior_moves(distance: float) -> None:
         ["--num_examples", "20"],
         ["--dense_epochs", "2"],
         ["--epochs", "2"],
+        ["--recover_epochs", "2"],
         ["--kl_weight", "0.3"],
         ["--initial_log_var", "-8"],
         ["--log_var_distance", "30"],
