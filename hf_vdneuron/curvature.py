@@ -9,7 +9,7 @@ What a unit always says, whatever the input, the bias of the layer that reads it
 is read counts for its deviations from its mean alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -55,23 +55,21 @@ class Curvature:
         return {path: scores.square().mean(0) for path, scores in self.scores.items()}
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One use of a layer in a forward: what goes in and comes out, in the graph of the loss."""
 
     path: str
-    layer: VariationalLayer
     inputs: Tensor
     outputs: Tensor
 
 
 class _Signals(NamedTuple):
-    """What goes through a layer, and the gradients of the loss by it."""
+    """What goes through a layer, and the gradients of the loss by it; by inputs only if they are units."""
 
     inputs: Tensor
     outputs: Tensor
-    by_inputs: Tensor
     by_outputs: Tensor
+    by_inputs: Tensor | None = None
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -132,10 +130,10 @@ def estimate_curvature(model: nn.Module, batches: Batches, *, loss: Loss = own_l
     count = 0
     for batch in batches:
         calls, total, size = _forward(model, layers, batch, loss)
-        # The loss of one example depends on its own activations only.
-        for path, signals in _signals(calls, total):
+        for path, signals in _signals(calls, total, layers):
             squares = (signals.inputs.square(), signals.by_outputs.square())
-            weights[path] += layers[path].weight_gradient(*squares)
+            with torch.autocast(signals.inputs.device.type, enabled=False):  # squares take twice the exponents
+                weights[path] += layers[path].weight_gradient(*squares)
             scores[path].add(signals, first=count, batch_size=size)
         count += size
     if count == 0:
@@ -153,32 +151,53 @@ def _forward(
     calls: list[_Call] = []
 
     def let_in(_: VariationalLayer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # For this layer alone; and into frozen layers too.
-        return (inputs[0].clone() if inputs[0].requires_grad else inputs[0].detach().requires_grad_(), *inputs[1:])
+        with torch.enable_grad():  # whatever the model does without
+            # A copy, so that the gradient is by what this layer alone reads.
+            return (_with_gradient(inputs[0]).clone(), *inputs[1:])
 
     def note(layer: VariationalLayer, inputs: tuple[Tensor, ...], outputs: Tensor, *, path: str) -> Tensor:
-        calls.append(_Call(path, layer, inputs[0], outputs))
-        return outputs.clone()  # as what comes next may work in place
+        noted = _with_gradient(outputs)
+        calls.append(_Call(path, inputs[0], noted))
+        with torch.enable_grad():
+            return noted.clone()  # as what comes next may work in place
 
     with ExitStack() as hooks, torch.enable_grad(), all_experts(model):
         for path, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(let_in).remove)
+            if _reads_units(layer):
+                hooks.callback(layer.register_forward_pre_hook(let_in).remove)
             hooks.callback(layer.register_forward_hook(partial(note, path=path)).remove)
         mean = loss(model, batch)
         size = next(len(values) for values in batch.values() if isinstance(values, Tensor) and values.ndim)
         return calls, size * mean, size
 
 
-def _signals(calls: Sequence[_Call], total: Tensor) -> Iterator[tuple[str, _Signals]]:
-    """Go back through the graph of a loss; yield path and signals call by call."""
-    ends = [end for call in calls for end in (call.inputs, call.outputs)]
+def _with_gradient(signal: Tensor) -> Tensor:
+    """Put what has no gradient, in a model that is frozen in part or whole, at the start of a graph."""
+    return signal if signal.requires_grad else signal.detach().requires_grad_()
+
+
+def _reads_units(layer: VariationalLayer) -> bool:
+    """Tell whether the groups of a layer are what it reads, or what it makes."""
+    return layer.group_axis != feature_axis(layer, Axis.OUT)
+
+
+def _signals(
+    calls: list[_Call], total: Tensor, layers: Mapping[str, VariationalLayer]
+) -> Iterator[tuple[str, _Signals]]:
+    """Go back through the graph of a loss; yield path and signals call by call, and forget them."""
+    readers = [call for call in calls if _reads_units(layers[call.path])]
+    ends = [call.outputs for call in calls] + [call.inputs for call in readers]
     # The loss of one example depends on its own activations only.
     # What nothing reads any more, behind an earlier cut, has no gradient.
-    gradients = torch.autograd.grad(total, ends, materialize_grads=True)
-    for call, by_inputs, by_outputs in zip(calls, gradients[::2], gradients[1::2], strict=True):
-        # Narrower floats than those of the posterior neither hold sums over all positions nor differences of them.
-        signals = (call.inputs, call.outputs, by_inputs, by_outputs)
-        yield call.path, _Signals(*(signal.detach().to(call.layer.log_var) for signal in signals))
+    gradients = [*torch.autograd.grad(total, ends, materialize_grads=True)]
+    del ends, readers
+    while calls:
+        path, inputs, outputs = calls.pop()
+        by_inputs = gradients.pop() if _reads_units(layers[path]) else None
+        by_outputs = gradients.pop(len(calls))
+        # Narrower floats than those of the posterior do not hold sums over all positions.
+        given = [signal for signal in (inputs, outputs, by_outputs, by_inputs) if signal is not None]
+        yield path, _Signals(*(signal.detach().to(layers[path].log_var) for signal in given))
 
 
 class _Scores:
@@ -190,10 +209,9 @@ class _Scores:
 
     def __init__(self, layer: VariationalLayer) -> None:
         self.layer = layer
-        self.reads = layer.group_axis != feature_axis(layer, Axis.OUT)
         is_linear = isinstance(layer, nn.Linear | Conv1D)
         #: Whether the bias can say what the inputs say on average; behind a padded convolution it cannot at the edges.
-        self.is_centred = self.reads and is_linear and layer.bias is not None
+        self.is_centred = _reads_units(layer) and is_linear and layer.bias is not None
         # By the number of the first example of a batch: a layer can be called several times in one.
         self.by_group: dict[int, Tensor] = {}
         self.slopes: dict[int, Tensor] = {}
@@ -202,18 +220,18 @@ class _Scores:
     def add(self, signals: _Signals, *, first: int, batch_size: int) -> None:
         """Count a call in, for examples that begin with the one numbered `first`."""
         by_example = partial(self._by_example, batch_size=batch_size)
-        if self.reads:
-            by_feature = by_example(signals.inputs * signals.by_inputs)
-        else:
+        if signals.by_inputs is None:
             by_feature = by_example(signals.outputs * signals.by_outputs)
             if self.layer.bias is not None:  # which no scale scales
                 by_feature = by_feature - self.layer.bias.detach() * by_example(signals.by_outputs)
+        else:
+            by_feature = by_example(signals.inputs * signals.by_inputs)
+            self.slopes[first] = by_example(signals.by_inputs) + self.slopes.get(first, 0)
         self.by_group[first] = self.layer.prior.sum_groups(by_feature) + self.by_group.get(first, 0)
         if self.is_centred:
             matters = signals.by_outputs.ne(0).any(-1)
             self.total = self.total.to(signals.inputs) + signals.inputs[matters].sum(0)
             self.num_positions += int(matters.sum())
-            self.slopes[first] = by_example(signals.by_inputs) + self.slopes.get(first, 0)
 
     def _by_example(self, signal: Tensor, batch_size: int) -> Tensor:
         """Sum over the positions of each example, shape `(batch_size, num_features)`."""

@@ -150,7 +150,7 @@ class VariationalLayer(nn.Module):
         """Differentiate the dense layer's map by its weights.
 
         Args:
-            inputs: Inputs as the dense layer takes them, in the dtype of `log_var`; or their squares.
+            inputs: Inputs as the dense layer takes them, or their squares, in the dtype of `log_var`.
             output_gradient: Gradient of the outputs, likewise.
 
         Returns:
@@ -255,7 +255,7 @@ class VDTransposedLinear(_VDMatrix, Conv1D):  # type: ignore[misc]  # the dense 
     """GPT-2's `Conv1D` with a posterior: a linear layer whose `weight` has shape `(in_features, out_features)`."""
 
     def weight_gradient(self, inputs: Tensor, output_gradient: Tensor) -> Tensor:
-        """Differentiate the map by its weights, as the base class does but without a forward."""
+        """Differentiate the map by its weights, which lie the other way round."""
         return super().weight_gradient(inputs, output_gradient).t()
 
     def _product(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

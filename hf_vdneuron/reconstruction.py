@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -53,7 +52,8 @@ LEAST_POSITIONS = 1024
 #: How strongly weights are held where they were, relative to the variance of an input.
 RIDGE = 1e-2
 
-#: Bytes of the dense model's outputs that are kept at a time: with all of a small model's, one forward does for all.
+#: Bytes of the dense model's outputs that are kept at a time: those of a small model all fit, so that one forward of
+#: it serves every layer.
 KEPT_BYTES = 2**29
 
 #: Adds up a tensor over all processes.
@@ -101,18 +101,19 @@ def reconstruct_(
     model.eval()
     dense.eval()
     fits = _fits(model, dense)
-    wanted = _DenseOutputs(fits, batches, partial(forward, dense))
+    wanted = _DenseOutputs(fits, batches, dense, forward)
+    # Batches may come sorted, by length or by class, and some layers read only a few.
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     for fit in fits:
         moments = _Moments(fit.reader)
-        for number, batch in enumerate(batches):
+        for number in order:
             if moments.count >= fit.num_positions:
                 break
             targets = wanted.pop(fit, number)
             # With nothing left, a layer is not called: it has no inputs, and is its bias.
             inputs = [target[:, :0] for target in targets]
             if fit.is_called:
-                passes = _passes({fit.reader: fit.repeats}, partial(forward, model, batch))[fit.reader]
-                inputs = [read[_attended(batch, read)] for read, _ in passes]
+                inputs = _passes({fit.reader: fit.repeats}, forward, model, batches[number], _read)[fit.reader]
             for read, target in zip(inputs, targets, strict=True):
                 moments.add(read, target)
         moments.pool_(pool)
@@ -303,15 +304,17 @@ class _DenseOutputs:
     Args:
         fits: The layers, in the order in which they are asked for, which is that of a forward.
         batches: Keyword arguments of a forward.
-        run: Runs the dense model on a batch.
+        dense: The dense model.
+        forward: Runs it on a batch.
     """
 
     def __init__(
-        self, fits: Sequence[_Fit], batches: Sequence[Mapping[str, Any]], run: Callable[[Mapping[str, Any]], object]
+        self, fits: Sequence[_Fit], batches: Sequence[Mapping[str, Any]], dense: nn.Module, forward: Forward
     ) -> None:
         self.fits = fits
         self.batches = batches
-        self.run = run
+        self.dense = dense
+        self.forward = forward
         self.kept: dict[tuple[_Fit, int], list[Tensor]] = {}
         self.num_positions = dict.fromkeys(fits, 0)
 
@@ -323,40 +326,53 @@ class _DenseOutputs:
 
     def _keep_(self, first: _Fit, number: int) -> None:
         """Run a batch, for the first layer and as many behind it as there is room for."""
-        batch, behind = self.batches[number], self.fits[self.fits.index(first) :]
+        behind = self.fits[self.fits.index(first) :]
         filled = accumulate(fit.num_bytes for fit in behind)
         chosen = [
             fit
             for fit, num_bytes in zip(behind, filled, strict=True)
             if fit is first or (num_bytes <= KEPT_BYTES and self.num_positions[fit] < fit.num_positions)
         ]
-        passes = _passes({fit.original: fit.repeats for fit in chosen}, partial(self.run, batch))
+        repeats = {fit.original: fit.repeats for fit in chosen}
+        outputs = _passes(repeats, self.forward, self.dense, self.batches[number], _made)
         for fit in chosen:
-            outputs = [its[_attended(batch, its)] for _, its in passes[fit.original]]
-            self.kept[fit, number] = outputs
-            self.num_positions[fit] += sum(map(len, outputs))
+            self.kept[fit, number] = outputs[fit.original]
+            self.num_positions[fit] += sum(map(len, outputs[fit.original]))
 
 
 class _Reached(Exception):  # no error: it ends a forward where all that was asked of it is known
     """What went into a layer, and what came out of it, is known for all of its passes."""
 
 
+def _read(inputs: Tensor, outputs: Tensor) -> Tensor:
+    return inputs
+
+
+def _made(inputs: Tensor, outputs: Tensor) -> Tensor:
+    return outputs
+
+
 def _passes(
-    repeats: Mapping[DenseLayer, int], run: Callable[[], object]
-) -> dict[DenseLayer, list[tuple[Tensor, Tensor]]]:
-    """Run a model as far as the last pass through some layers; return what goes in and comes out, pass by pass."""
-    passes: dict[DenseLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in repeats}
+    repeats: Mapping[DenseLayer, int],
+    forward: Forward,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    end: Callable[[Tensor, Tensor], Tensor],
+) -> dict[DenseLayer, list[Tensor]]:
+    """Run a model as far as the last pass through some layers; return one of their ends at attended positions."""
+    passes: dict[DenseLayer, list[Tensor]] = {layer: [] for layer in repeats}
 
     def catch(layer: DenseLayer, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         if len(passes[layer]) < repeats[layer]:
-            passes[layer].append((inputs[0], outputs))
+            signal = end(inputs[0], outputs)
+            passes[layer].append(signal[_attended(batch, signal)])  # a copy, as what comes next may work in place
         if all(len(its) == repeats[layer] for layer, its in passes.items()):
             raise _Reached
 
     with ExitStack() as hooks, suppress(_Reached):
         for layer in repeats:
             hooks.callback(layer.register_forward_hook(catch).remove)
-        run()
+        forward(model, batch)
     return passes
 
 

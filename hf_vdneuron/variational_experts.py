@@ -109,7 +109,8 @@ class VDExperts(nn.Module):
         num_experts = self._matrix(DOWN).parameter.shape[0]
         share = weights.new_zeros(len(weights), num_experts).scatter(1, index, weights)
         per_expert = neurons.shape[-1] // num_experts
-        read: Tensor = self._matrix(DOWN)(neurons * share.repeat_interleave(per_expert, dim=1))
+        shares = share.repeat_interleave(per_expert, dim=1).to(neurons.dtype)  # of a router in float32
+        read: Tensor = self._matrix(DOWN)(neurons * shares)
         return read.to(hidden.dtype)
 
     def _gated(self, gate_up: Tensor) -> Tensor:

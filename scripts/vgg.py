@@ -62,7 +62,7 @@ class Settings:
     dense_epochs: int = field(default=10, metadata={"help": "Epochs of dense training before."})
     epochs: int = field(default=60, metadata={"help": "Epochs under the prior."})
     recover_epochs: int = field(
-        default=30, metadata={"help": "Epochs of what is left, without a prior; the control trains densely for all."}
+        default=30, metadata={"help": "Epochs after the cut; the control trains densely for `epochs` and these."}
     )
     kl_weight: float = field(default=0.1, metadata={"help": "Weight of the KL term after its rise."})
     initial_log_var: float = field(default=-10.0, metadata={"help": "Log-variance that every weight starts with."})
@@ -90,8 +90,8 @@ class Run(Job):
 
     Args:
         start_accuracy: After the dense epochs.
-        accuracy_after_cut: Before recovery, with the statistics that batch norms have of the posterior's means; of the
-            control, its accuracy.
+        accuracy_after_cut: Before recovery, batch norms having gathered their statistics anew; of the control, its
+            accuracy.
         accuracy: In the end.
         units: Channels and neurons of each hidden layer.
         units_left: How many of them the rule left.
@@ -220,7 +220,7 @@ def sparsify_(model: nn.Module, course: Course, job: Job) -> RelevanceMask:
 
 
 def run(job: Job, data: Images, device: torch.device) -> Run:
-    """Train a dense network, then sparsify it or, as a control, train it on.
+    """Train a dense network, then sparsify it and let it recover or, as a control, train it on.
 
     Args:
         job: What to do.

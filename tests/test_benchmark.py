@@ -250,8 +250,30 @@ def test_leads_are_paired_by_task_and_seed() -> None:
         ]
     ]
     fisher, ours = lead_table(rows, "vd_closed").splitlines()[2:]
-    assert fisher == "| 3x | fisher | 2 | 3 | 56.2 % | 2 | 20.00 ± 10.00 |"
+    assert fisher == "| 3x | fisher | 2 | 2 | 50.0 % | 93.8 % | 20.00 ± 10.00 |"
     assert ours == "| 3x | vd_closed | 2 | 2 | 93.8 % |  |  |"
+
+
+def test_no_share_is_told_of_a_score_that_is_not_above_zero() -> None:
+    scored = {"dense": -0.1, "fisher": 0.1, "vd_closed": 0.2}
+    rows = [
+        {**row(method, 0, score, 1), "target_speedup": None if method == "dense" else 3.0}
+        for method, score in scored.items()
+    ]
+    fisher, _ = lead_table(rows, "vd_closed").splitlines()[2:]
+    assert fisher == "| 3x | fisher | 1 | 1 | not measured | not measured | 10.00 |"
+
+
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="whose package is missing: run `pip install"):
+        benchmark.BenchmarkArguments("model").require_packages()
+    benchmark.BenchmarkArguments("model", methods=["dense", "fisher"]).require_packages()
+
+
+def test_a_dense_checkpoint_of_other_steps_is_another(samples: Path, finished: Finished) -> None:
+    folder, _ = finished
+    assert (folder / "work" / "sst2-0" / f"dense-{NUM_STEPS['dense_steps']}-steps" / "config.json").exists()
 
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:

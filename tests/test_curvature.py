@@ -185,6 +185,27 @@ def test_a_frozen_model_has_a_curvature(model_and_curvature: tuple[PreTrainedMod
         torch.testing.assert_close(found.weights[name], values, rtol=1e-4, atol=1e-12)
 
 
+def test_what_runs_without_gradients_has_no_curvature() -> None:
+    model, batch = patched(), examples(0, NUM_EXAMPLES)
+    free = estimate_curvature(model, [batch])
+    first = model.bert.encoder.layer[0]
+    first.forward = torch.no_grad()(first.forward)
+    fixed = estimate_curvature(model, [batch])
+    for path, values in free.weights.items():
+        runs_without = path.startswith("bert.encoder.layer.0.")
+        for found, expected in [(fixed.weights[path], values), (fixed.scales[path], free.scales[path])]:
+            assert expected.any()
+            torch.testing.assert_close(found, torch.zeros_like(expected) if runs_without else expected)
+
+
+@pytest.mark.parametrize("row", ["mixtral", "qwen3_moe"])
+def test_experts_in_half_precision_have_a_curvature(row: str) -> None:
+    model = patch_model_(zoo_model(row).bfloat16())
+    for values in estimate_curvature(model, [zoo_batch(model)]).scales.values():
+        assert values.isfinite().all()
+        assert values.any()
+
+
 def test_activations_in_place_do_not_disturb(convolutions: tuple[nn.Module, dict[str, Tensor]]) -> None:
     model, batch = convolutions
     expected = estimate_curvature(model, [batch])

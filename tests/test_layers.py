@@ -122,6 +122,15 @@ def test_fresh_layer_computes_what_the_dense_one_did(build: Build, shape: Shape,
 
 
 @layer_cases
+def test_weight_gradient_is_that_of_autograd(build: Build, shape: Shape) -> None:
+    dense, inputs = build().double(), torch.randn(5, *shape, dtype=torch.float64)
+    outputs = dense(inputs)
+    output_gradient = torch.randn_like(outputs)
+    (expected,) = torch.autograd.grad(outputs, dense.weight, output_gradient)
+    torch.testing.assert_close(variational(dense).weight_gradient(inputs, output_gradient), expected)
+
+
+@layer_cases
 def test_tiny_variance_gives_the_dense_output(build: Build, shape: Shape) -> None:
     dense, inputs = build().double(), torch.randn(5, *shape, dtype=torch.float64)
     expected = dense(inputs)

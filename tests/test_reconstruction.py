@@ -210,41 +210,51 @@ def test_a_scale_of_zero_stays_ended() -> None:
     torch.testing.assert_close(layer.mean, expected)
 
 
-def test_a_layer_reads_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_reads_no_more_than_it_needs_and_not_the_first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As batches may come sorted."""
     monkeypatch.setattr(reconstruction, "LEAST_POSITIONS", 1)
-    dense, pruned = tiny_bert().eval(), tiny_bert().eval()
+    dense = tiny_bert().eval()
     sublayer = find_sublayers(dense)[0]
-    without(pruned, sublayer, 1)
-    num_inputs = dense_layer(pruned, sublayer.out_side.slices[0].module).in_features
     data = text_batches(num_batches=12)
+    path = sublayer.out_side.slices[0].module
+
+    def fitted(batches: list[dict[str, Tensor]]) -> Tensor:
+        pruned = reconstruct_(without(deepcopy(dense), sublayer, 1), dense, batches)
+        return dense_layer(pruned, path).weight
+
+    num_inputs = fitted(data).shape[1]
     num_read = -(-reconstruction.POSITIONS_PER_INPUT * num_inputs // int(data[0]["attention_mask"].sum()))
     assert 0 < num_read < len(data)
-    few, all_of_them = deepcopy(pruned), pruned
-    reconstruct_(few, dense, data[:num_read])
-    reconstruct_(all_of_them, dense, data)
-    path = sublayer.out_side.slices[0].module
-    assert torch.equal(dense_layer(few, path).weight, dense_layer(all_of_them, path).weight)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.testing.assert_close(fitted(data), fitted([data[number] for number in order[:num_read]]))
+    assert not torch.allclose(fitted(data), fitted(data[:num_read]))
 
 
-@pytest.mark.parametrize(
-    ("room", "is_shared"),
-    [(reconstruction.KEPT_BYTES, True), (0, False)],
-    ids=["room for all layers", "room for one"],
-)
-def test_one_forward_of_the_dense_model_does_for_as_many_layers_as_there_is_room_for(
-    room: int, is_shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense = tiny_bert().eval()
-    expected, pruned = (without(deepcopy(dense), find_sublayers(dense)[0], 1) for _ in range(2))
-    reconstruct_(expected, dense, text_batches())
-    monkeypatch.setattr(reconstruction, "KEPT_BYTES", room)
+def in_place_chain() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(inplace=True), nn.Linear(24, 4))
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "albert", "falcon", "chain"])
+def test_one_forward_of_the_dense_model_serves_every_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon and the chain overwrite what their layers have made."""
+    dense = (in_place_chain() if family == "chain" else zoo_model(family)).eval()
+    data = [{"input": torch.randn(64, 8)} for _ in range(3)] if family == "chain" else [zoo_batch(dense)]
+    mask = {part.path: torch.ones(2, part.num_units, dtype=torch.bool) for part in find_sublayers(dense)}
+    for keep in mask.values():
+        keep[:, 0] = False
+    alone, shared = (prune_model_(deepcopy(dense), RelevanceMask(mask)) for _ in range(2))
     forwards = Counter[int]()
 
     def count(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         forwards[id(model)] += 1
         model(**batch)
 
-    reconstruct_(pruned, dense, text_batches(), forward=count)
-    assert forwards[id(dense)] == len(text_batches()) * (1 if is_shared else len(find_sublayers(dense)))
-    for (name, value), fitted in zip(expected.named_parameters(), pruned.parameters(), strict=True):
+    reconstruct_(shared, dense, data, forward=count)
+    assert forwards[id(dense)] == len(data)
+    monkeypatch.setattr(reconstruction, "KEPT_BYTES", 0)
+    reconstruct_(alone, dense, data)
+    for (name, value), fitted in zip(alone.named_parameters(), shared.parameters(), strict=True):
         assert torch.equal(fitted, value), name

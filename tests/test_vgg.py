@@ -198,6 +198,17 @@ def test_the_network_that_is_scored_is_the_smaller_one(monkeypatch: pytest.Monke
     assert run.weights_left == pytest.approx(100 - 100 * 13 * (2 * 16 * 9 + 2) / full)
 
 
+@pytest.mark.parametrize(("prior", "expected"), [("group", [1, 5]), ("dense", [1, 3 + 5])], ids=["group", "control"])
+def test_what_is_left_recovers_and_the_control_trains_as_long(
+    prior: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense: list[int] = []
+    monkeypatch.setattr(vgg, "train_dense_", lambda _, course: dense.append(course.epochs))
+    monkeypatch.setattr(vgg, "accuracy", lambda *_: 1.0)
+    vgg.run(job(prior=prior, epochs=3, recover_epochs=5), images_of(20), CPU)
+    assert dense == expected
+
+
 def test_norms_gather_their_statistics_anew() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model(torch.full((5, 3), 100.0) + torch.randn(5, 3))  # of a network as it was

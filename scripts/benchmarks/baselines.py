@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other ways to choose what to keep, for `benchmark.py`: each scores the heads and neurons of a dense model.
 
-They know the model as the method does, as coupled slices, and spend the same budget, so that only the choice differs.
+They keep what the budget allows as the method does, so that only the choice differs. All but `torch_pruning` know the
+model as it does too, as coupled slices.
 
 References:
     Michel et al., "Are Sixteen Heads Really Better than One?", 2019, https://arxiv.org/abs/1905.10650
@@ -27,7 +28,10 @@ from hf_vdneuron.selection import keep_within, unit_prices
 from hf_vdneuron.sublayers import Slice, Unit
 
 
-__all__ = ["RANKINGS", "SCORERS", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best"]
+__all__ = ["RANKINGS", "SCORERS", "TORCH_PRUNING", "Batches", "Scorer", "Scores", "keep_affordable", "keep_best"]
+
+#: The baseline that needs the package of the same name.
+TORCH_PRUNING = "torch_pruning"
 
 #: Keyword arguments of a forward, batch by batch.
 Batches = Iterable[Mapping[str, Any]]
@@ -138,18 +142,17 @@ def torch_pruning(model: nn.Module, batches: Batches, generator: torch.Generator
     Returns:
         The scores, of a head as the mean over its features. The package sets them relative to those of the layer.
 
-    Raises:
-        ValueError: If the package is not installed.
+    References:
+        https://github.com/VainF/Torch-Pruning
     """
-    try:
-        import torch_pruning as tp  # type: ignore[import-untyped]  # an optional extra
-    except ImportError as error:
-        raise ValueError("`torch_pruning` needs the package torch-pruning: `pip install torch-pruning`") from error
-    rows = [*batches]
+    import torch_pruning as tp  # type: ignore[import-untyped]  # an optional extra
+
+    model.eval()
+    all_batches = [*batches]
     graph = tp.DependencyGraph().build_dependency(
-        model, example_inputs=rows[0], output_transform=lambda outputs: outputs.logits, verbose=False
+        model, example_inputs=all_batches[0], output_transform=lambda outputs: outputs.logits, verbose=False
     )
-    for batch in rows:
+    for batch in all_batches:
         model(**batch).loss.backward()
     importance = tp.importance.GroupTaylorImportance()
     scores = {}
@@ -167,14 +170,14 @@ def torch_pruning(model: nn.Module, batches: Batches, generator: torch.Generator
 SCORERS: dict[str, Scorer] = {
     "magnitude": magnitude,
     "taylor": taylor,
-    "torch_pruning": torch_pruning,
+    TORCH_PRUNING: torch_pruning,
     "layers": layers,
     "random": at_random,
 }
 
 
 #: Baselines whose scores say which unit goes first whatever it costs.
-RANKINGS = frozenset({"torch_pruning", "layers", "random"})
+RANKINGS = frozenset({TORCH_PRUNING, "layers", "random"})
 
 
 def keep_affordable(

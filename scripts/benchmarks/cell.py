@@ -30,7 +30,7 @@ from hf_vdneuron.training_args import VDTrainingArguments
 
 __all__ = ["DENSE", "EVAL_BATCH_SIZE", "TRAIN_BATCH_SIZE", "Cell", "Courses", "Settings"]
 
-#: Name of the dense checkpoint, and of the method that leaves it alone.
+#: Name of the method that leaves the dense checkpoint alone.
 DENSE = "dense"
 
 TRAIN_BATCH_SIZE, EVAL_BATCH_SIZE = 32, 64
@@ -120,12 +120,14 @@ class Cell:
         Returns:
             The model.
         """
-        if not (self.folder / DENSE / "config.json").exists():
+        steps = self.settings.dense_steps
+        name = f"{DENSE}-{steps}-steps"
+        if not (self.folder / name / "config.json").exists():
             set_seed(self.seed)
             model, _ = load_model(self.settings.model, self.task)
-            self.train(model, Phase.FINETUNE, self.settings.dense_steps).prune()
-            self.save(model, DENSE)
-        return self.load(DENSE)
+            self.train(model, Phase.FINETUNE, steps).prune()
+            self.save(model, name)
+        return self.load(name)
 
     def teacher(self) -> PreTrainedModel | None:
         """Load who teaches all that is trained after the dense checkpoint.

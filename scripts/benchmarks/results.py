@@ -2,7 +2,7 @@
 """Finished runs: a file that only grows, and the table that is made from it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -14,8 +14,6 @@ __all__ = ["Results", "Row", "Run", "latency_table", "lead_table", "score_table"
 
 Row = dict[str, Any]
 
-#: What lines of a table are sorted by; other columns are in the order of the finish of their runs.
-SORTED = ("task", "target_speedup")
 
 #: What settings were before they could be chosen. Rows of that time lack them.
 FORMER_SETTINGS: Row = {"distillation": True}
@@ -118,35 +116,44 @@ def score_table(rows: list[Row]) -> str:
 
 
 def lead_table(rows: list[Row], ours: str) -> str:
-    """Sum up over tasks how much of the dense score each method keeps, and how far ahead of it ours is.
+    """Sum up over tasks how much of the dense score each method keeps where a target was set, and the lead of ours.
 
     Args:
         rows: Finished runs.
         ours: Name of our method.
 
     Returns:
-        A Markdown table with a line per target and method. What is kept is a mean over tasks of means over seeds; the
-        lead is in points, paired by task and seed, with its standard error over pairs.
+        A Markdown table with a line per target and method, over the tasks and seeds that both it and ours have run on.
+        Shares of the dense score are means over tasks of means over seeds; leads are in points, paired by task and
+        seed, with their standard error over pairs.
     """
-    scores = {Run(*(row[name] for name in Run._fields)): row["score"] for row in rows}
+    scores = {Run(*(row[name] for name in Run._fields)): 100 * row["score"] for row in rows}
+    targets = sorted({(run.target_speedup, run.method) for run in scores if run.target_speedup is not None})
     lines = [
-        f"| asked for | method | tasks | runs | of the dense score | pairs | lead of {ours} |",
+        f"| asked for | method | tasks | runs | dense score kept | by {ours} | lead of {ours} |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (target, method), runs in _grouped([run._asdict() for run in scores], "target_speedup", "method").items():
-        if method == DENSE:
+    for target, method in targets:
+        cells = [(run.task, run.seed) for run in scores if (run.target_speedup, run.method) == (target, method)]
+        pairs = [cell for cell in cells if Run(*cell, ours, target) in scores]
+        if not pairs:
             continue
-        kept: dict[str, list[float]] = {}
-        leads = []
-        for run in (Run(**run) for run in runs):
-            if dense := scores.get(Run(run.task, run.seed, DENSE)):
-                kept.setdefault(run.task, []).append(100 * scores[run] / dense)
-            if method != ours and (rival := scores.get(run._replace(method=ours))) is not None:
-                leads.append(100 * (rival - scores[run]))
-        share = f"{fmean(map(fmean, kept.values())):.1f} %" if kept else "not measured"
-        cells = [share, str(len(leads)), _spread(leads)] if method != ours else [share, "", ""]
-        lines.append(f"| {_asked(target)} | {method} | {len(kept)} | {len(runs)} | {' | '.join(cells)} |")
+        kept = [_share(scores, pairs, name, target) for name in (method, ours)]
+        lead = _spread([scores[Run(*cell, ours, target)] - scores[Run(*cell, method, target)] for cell in pairs])
+        values = [kept[0], "", ""] if method == ours else [*kept, lead]
+        counts = [str(len({task for task, _ in pairs})), str(len(pairs))]
+        lines.append(f"| {' | '.join([_asked(target), method, *counts, *values])} |")
     return "\n".join(lines)
+
+
+def _share(scores: Mapping[Run, float], cells: Sequence[tuple[str, int]], method: str, target: float) -> str:
+    """Write which share of the dense score a method keeps; of one that is not above 0 there is none."""
+    shares: dict[str, list[float]] = {}
+    for task, seed in cells:
+        dense = scores.get(Run(task, seed, DENSE), 0.0)
+        if dense > 0:
+            shares.setdefault(task, []).append(100 * scores[Run(task, seed, method, target)] / dense)
+    return f"{fmean(map(fmean, shares.values())):.1f} %" if shares else "not measured"
 
 
 def latency_table(rows: list[Row]) -> str:
@@ -179,10 +186,9 @@ def _asked(target: float | None) -> str:
 
 
 def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Group rows by some of their values, in the order of those that lines are sorted by, and of their finish."""
+    """Group rows by some of their values, task by task and target by target, in the order of their finish."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    ranks = [name for name in SORTED if name in names]
-    for row in sorted(rows, key=lambda row: [row[name] or 0.0 for name in ranks]):
+    for row in sorted(rows, key=lambda row: (str(row["task"]), row["target_speedup"] or 0.0)):
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
