@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from glue_samples import tiny_classifier, tiny_tokenizer
 
 
@@ -40,7 +41,12 @@ def test_its_lines_of_python(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_every_file_it_names_exists() -> None:
-    text = README.read_text(encoding="utf-8")
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text) + re.findall(r"(?:bash|python) (scripts/\w+\.\w+)", text):
+@pytest.mark.parametrize(
+    "page", [README, README.parent / "scripts" / "results" / "README.md"], ids=["README", "results"]
+)
+def test_every_file_it_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (page.parent / path).exists(), path
+    for path in re.findall(r"(?:bash|python) (scripts/\w+\.\w+)", text):
         assert (README.parent / path).exists(), path

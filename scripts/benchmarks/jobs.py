@@ -98,7 +98,7 @@ def spread(values: list[float], unit: str = "") -> str:
         unit: What follows them.
 
     Returns:
-        A table's cell; the error of a single run is unknown.
+        A table's cell; a single run has no error.
     """
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.2f} ± {error:.2f}{unit}"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}{unit}"
