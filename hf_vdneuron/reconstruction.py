@@ -113,7 +113,7 @@ def reconstruct_(
             # With nothing left, a layer is not called: it has no inputs, and is its bias.
             inputs = [target[:, :0] for target in targets]
             if fit.is_called:
-                inputs = _passes({fit.reader: fit.repeats}, forward, model, batches[number], _read)[fit.reader]
+                inputs = _passes({fit.reader: fit.repeats}, forward, model, batches[number], Axis.IN)[fit.reader]
             for read, target in zip(inputs, targets, strict=True):
                 moments.add(read, target)
         moments.pool_(pool)
@@ -334,7 +334,7 @@ class _DenseOutputs:
             if fit is first or (num_bytes <= KEPT_BYTES and self.num_positions[fit] < fit.num_positions)
         ]
         repeats = {fit.original: fit.repeats for fit in chosen}
-        outputs = _passes(repeats, self.forward, self.dense, self.batches[number], _made)
+        outputs = _passes(repeats, self.forward, self.dense, self.batches[number], Axis.OUT)
         for fit in chosen:
             self.kept[fit, number] = outputs[fit.original]
             self.num_positions[fit] += sum(map(len, outputs[fit.original]))
@@ -344,27 +344,19 @@ class _Reached(Exception):  # no error: it ends a forward where all that was ask
     """What went into a layer, and what came out of it, is known for all of its passes."""
 
 
-def _read(inputs: Tensor, outputs: Tensor) -> Tensor:
-    return inputs
-
-
-def _made(inputs: Tensor, outputs: Tensor) -> Tensor:
-    return outputs
-
-
 def _passes(
     repeats: Mapping[DenseLayer, int],
     forward: Forward,
     model: nn.Module,
     batch: Mapping[str, Any],
-    end: Callable[[Tensor, Tensor], Tensor],
+    end: Axis,
 ) -> dict[DenseLayer, list[Tensor]]:
-    """Run a model as far as the last pass through some layers; return one of their ends at attended positions."""
+    """Run a model as far as the last pass through some layers; return what goes in or comes out where attended."""
     passes: dict[DenseLayer, list[Tensor]] = {layer: [] for layer in repeats}
 
     def catch(layer: DenseLayer, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         if len(passes[layer]) < repeats[layer]:
-            signal = end(inputs[0], outputs)
+            signal = inputs[0] if end is Axis.IN else outputs
             passes[layer].append(signal[_attended(batch, signal)])  # a copy, as what comes next may work in place
         if all(len(its) == repeats[layer] for layer, its in passes.items()):
             raise _Reached

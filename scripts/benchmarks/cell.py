@@ -12,7 +12,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.gates import gated
 from benchmarks.learned_gates import LearnedGates
@@ -195,10 +194,10 @@ class Cell:
         """
         rows = take(self.rows["train"], SCORING_ROWS, seed=self.seed)
         encoded = encode(rows, self.task, self.tokenizer, model.config, max_length=self.settings.max_length)
-        lengths, order = [len(ids) for ids in encoded["input_ids"]], torch.Generator().manual_seed(self.seed)
-        sampler = LengthGroupedSampler(TRAIN_BATCH_SIZE, lengths=lengths, generator=order)  # as in training
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        by_length = encoded.select(sorted(range(len(encoded)), key=lengths.__getitem__))  # spares padding
         collator = DataCollatorWithPadding(self.tokenizer)
-        for batch in DataLoader(encoded, batch_size=TRAIN_BATCH_SIZE, sampler=sampler, collate_fn=collator):
+        for batch in DataLoader(by_length, batch_size=TRAIN_BATCH_SIZE, collate_fn=collator):
             yield {name: values.to(self.device) for name, values in batch.items()}
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
