@@ -15,7 +15,7 @@ from hf_vdneuron.discovery import few_rows
 from hf_vdneuron.evidence import closed_form_evidence
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.reconstruction import correct_, corrections
-from hf_vdneuron.resumable_trainer import ResumableTrainer
+from hf_vdneuron.recovering_trainer import RecoveringTrainer
 from hf_vdneuron.sharding import dense_copy
 
 
@@ -25,7 +25,7 @@ __all__ = ["FittingTrainer"]
 NUM_EXAMPLES = 1024
 
 
-class FittingTrainer(ResumableTrainer):
+class FittingTrainer(RecoveringTrainer):
     """Fits a posterior to the curvature of the loss, as the model is now, and weighs heads and neurons by it."""
 
     def closed_form_evidence(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ What a removed unit still emitted, a constant, moves into the bias of the layer 
 plain torch layers and is an ordinary model of smaller sizes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from operator import attrgetter
 from typing import Any, cast
@@ -28,7 +28,7 @@ from hf_vdneuron.structure import as_pruned_model_
 from hf_vdneuron.sublayers import Axis, Role, Slice, Sublayer
 
 
-__all__ = ["prune_model_", "prunes_exactly"]
+__all__ = ["features_left", "prune_model_", "prunes_exactly"]
 
 
 @torch.no_grad()
@@ -86,6 +86,35 @@ def prunes_exactly(model: PreTrainedModel, mask: RelevanceMask, inputs: Mapping[
         return False
 
 
+def features_left(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> Iterator[tuple[nn.Module, Slice, Tensor]]:
+    """List what is left of everything that units are cut out of.
+
+    Args:
+        model: A patched or dense model.
+        sublayer: A sub-layer of it.
+        kept: Indices of the units that stay, in order, shape `(num_kept,)`.
+
+    Yields:
+        A module, one of the sub-layer's slices of it, and the features that stay along the axis of all these slices.
+    """
+    removed = _others(sublayer.num_units, kept)
+    # All slices of a fused matrix at once, as a cut moves the features behind it.
+    fused: dict[tuple[str, str], list[Slice]] = {}
+    for part in sublayer.slices:
+        fused.setdefault((part.module, part.parameter), []).append(part)
+    for (path, _), parts in fused.items():
+        module = find_module(model, path)
+        gone = torch.cat([part.features(removed).flatten() for part in parts])
+        yield module, parts[0], _others(_num_features(module, parts[0]), gone)
+
+
+def _num_features(module: nn.Module, part: Slice) -> int:
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return module.num_features
+    values = cast(Tensor, getattr(module, part.parameter))
+    return values.shape[-1 if part.role in (Role.NORM, Role.BIAS) else feature_axis(module, part.axis)]
+
+
 def _require_exact(model: nn.Module, mask: RelevanceMask, discovery: Discovery) -> None:
     """Refuse a removal from a discovered block that does not prove exact, before anything is cut."""
     device = next(model.parameters()).device
@@ -121,16 +150,10 @@ def _require_enough(model: nn.Module, mask: RelevanceMask) -> None:
 
 
 def _remove_units_(model: nn.Module, sublayer: Sublayer, kept: Tensor) -> None:
-    removed = torch.ones(sublayer.num_units, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
     if sublayer.foldable:
-        _fold_constant_(model, sublayer, removed)
-    # All slices of a fused matrix at once, as each cut moves the features behind it.
-    fused: dict[tuple[str, str], list[Slice]] = {}
-    for part in sublayer.slices:
-        fused.setdefault((part.module, part.parameter), []).append(part)
-    for parts in fused.values():
-        gone = torch.cat([part.features(removed).flatten() for part in parts])
-        _cut_(find_module(model, parts[0].module), parts[0], gone)
+        _fold_constant_(model, sublayer, _others(sublayer.num_units, kept))
+    for module, part, features in features_left(model, sublayer, kept):
+        _cut_(module, part, features)
     if sublayer.attention is not None:
         _remember_heads_(model.get_submodule(sublayer.attention), sublayer, kept)
     for path, attribute, factor in sublayer.attributes:
@@ -196,21 +219,19 @@ def _select(layer: DenseLayer, axis: Axis, features: Tensor) -> Tensor:
     return layer.weight.index_select(feature_axis(layer, axis), features.to(layer.weight.device))
 
 
-def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
-    """Take features out of one module, in place."""
+def _cut_(module: nn.Module, part: Slice, kept: Tensor) -> None:
+    """Leave one module nothing but some of its features, in place."""
     if part.role is Role.BIAS:
         values = module.get_parameter(part.parameter)
-        _replace_(module, part.parameter, values[..., _others(values.shape[-1], gone).to(values.device)])
+        _replace_(module, part.parameter, values[..., kept.to(values.device)])
         return
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        _cut_norm_(module, _others(module.num_features, gone))
+        _cut_norm_(module, kept)
         return
     if part.role is Role.NORM:
-        _cut_joint_norm_(module, gone)
+        _cut_joint_norm_(module, kept)
         return
     layer = dense_layer(module, "")
-    axis = feature_axis(layer, part.axis)
-    kept = _others(layer.weight.shape[axis], gone)
     if isinstance(layer, ExpertMatrix):
         layer.replace_(_select(layer, part.axis, kept))
         return
@@ -218,7 +239,7 @@ def _cut_(module: nn.Module, part: Slice, gone: Tensor) -> None:
     if part.axis is Axis.OUT and layer.bias is not None:
         _replace_(layer, "bias", layer.bias[kept.to(layer.bias.device)])
     counts = next(names for kind, names in FEATURE_COUNTS.items() if isinstance(layer, kind))
-    setattr(layer, counts[axis], len(kept))
+    setattr(layer, counts[feature_axis(layer, part.axis)], len(kept))
     if part.role is Role.DEPTHWISE:
         layer.in_channels = layer.groups = len(kept)
 
@@ -231,7 +252,7 @@ def _cut_norm_(norm: nn.BatchNorm1d | nn.BatchNorm2d, kept: Tensor) -> None:
     norm.num_features = len(kept)
 
 
-def _cut_joint_norm_(norm: nn.Module, gone: Tensor) -> None:
+def _cut_joint_norm_(norm: nn.Module, kept: Tensor) -> None:
     r"""Take features that are zero out of a norm over all of them, where :math:`n` of :math:`m` are left.
 
     .. math::
@@ -239,14 +260,13 @@ def _cut_joint_norm_(norm: nn.Module, gone: Tensor) -> None:
         = \frac{\sqrt{m / n}\, w x}{\sqrt{\tfrac1n \sum x^2 + \tfrac mn \epsilon}}
     """
     weight = norm.get_parameter("weight")
-    kept = _others(len(weight), gone)
     _replace_(norm, "weight", weight[kept.to(weight.device)] * (len(weight) / max(1, len(kept))) ** 0.5)
     rescale_epsilon_(norm, len(weight), len(kept))
 
 
-def _others(num_features: int, gone: Tensor) -> Tensor:
-    """List the features that stay."""
-    return torch.ones(num_features, dtype=torch.bool).index_fill_(0, gone, False).nonzero()[:, 0]
+def _others(number: int, some: Tensor) -> Tensor:
+    """List all but some of a number of units or features, in order."""
+    return torch.ones(number, dtype=torch.bool).index_fill_(0, some, False).nonzero()[:, 0]
 
 
 def _replace_(module: nn.Module, name: str, values: Tensor) -> None:

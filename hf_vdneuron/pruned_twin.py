@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A masked model trained through a pruned one: a step then costs what the pruned model's does.
+
+A masked layer multiplies by its zeros. Its pruned twin holds the same numbers without them, so it gives the same loss
+and the same gradients for less. The masked model stays the one that is trained: optimizer, checkpoints and masks are
+its own. Before each forward pass the twin takes over its weights, and after it hands back the gradients.
+"""
+
+import logging
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.experts import ExpertMatrix
+from hf_vdneuron.layers import feature_axis
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
+from hf_vdneuron.pruning import features_left, prune_model_
+from hf_vdneuron.sublayers import Axis, Role
+
+
+__all__ = ["PrunedTwin"]
+
+_LOGGER = logging.getLogger(__name__)
+
+#: Name of a parameter -> axis -> features of it that are left.
+_Left = Mapping[str, Mapping[int, Tensor]]
+
+
+class PrunedTwin:
+    """A pruned copy of a masked model, which shares with it all parameters that the masks do not reach.
+
+    Attributes:
+        model: The copy.
+    """
+
+    def __init__(self, masked: nn.Module, model: nn.Module, left: _Left) -> None:
+        self.model = model
+        self._masked = masked
+        # Attention that has lost all of its heads has no parameters.
+        self._cut = [(name, parameter) for name, parameter in model.named_parameters() if name in left]
+        self._left = left
+        self._taken: list[Tensor] = []
+
+    @classmethod
+    def of_(cls, masked: nn.Module) -> Self | None:
+        """Make the twin of a model, whose ended units stop to emit constants: the biases behind them take these over.
+
+        Args:
+            masked: A patched model. It computes what it did, and every unit that was ended is so on all sides.
+
+        Returns:
+            Its twin. None if the masks end nothing, or if removing what they end takes more than leaving features out.
+        """
+        mask = read_mask(masked)
+        left = _features_left(masked, mask)
+        if left is None or not any(left.values()):
+            return None
+        tensors = (*masked.named_parameters(), *masked.named_buffers())
+        shared = {id(tensor): tensor for name, tensor in tensors if name not in left}
+        try:
+            model = prune_model_(deepcopy(masked, cast(dict[int, Any], shared)), mask)
+        except ValueError as error:
+            _LOGGER.warning("Recovery trains the model under its masks, as it cannot be pruned: %s", error)
+            return None
+        with torch.no_grad():
+            for name, axes in left.items():
+                if name.endswith(".bias") and not axes:
+                    masked.get_parameter(name).copy_(model.get_parameter(name))
+        mask_model_(masked, RelevanceMask({path: keep.all(0).expand_as(keep) for path, keep in mask.keep.items()}))
+        return cls(masked, model, left)
+
+    def take_over_(self) -> None:
+        """Take over the weights of the masked model as they are now."""
+        layers = variational_layers(self._masked)
+        self._taken = []
+        for name, parameter in self._cut:
+            path, _, own = name.rpartition(".")
+            values = layers[path].mean if own == "weight" and path in layers else self._masked.get_parameter(name)
+            for axis, features in self._left[name].items():
+                values = _Selection.apply(values, features, axis)
+            parameter.data = values.detach()
+            self._taken.append(values)
+
+    def hand_back_(self) -> None:
+        """Add the gradients of a backward pass to those of the masked model, and forget them."""
+        pairs = [
+            (taken, parameter)
+            for taken, (_, parameter) in zip(self._taken, self._cut, strict=True)
+            if taken.requires_grad and parameter.grad is not None
+        ]
+        torch.autograd.backward([taken for taken, _ in pairs], [cast(Tensor, one.grad) for _, one in pairs])
+        for _, parameter in pairs:
+            parameter.grad = None
+        self._taken = []
+
+
+class _Selection(torch.autograd.Function):
+    """Features of a tensor along an axis, each at most once: the way back copies, where autograd's own would add."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, features: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.shape, ctx.axis = tensor.shape, axis  # type: ignore[attr-defined]  # torch does not declare it
+        return tensor.index_select(axis, features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (features,) = ctx.saved_tensors  # type: ignore[attr-defined]  # as above
+        whole = grad.new_zeros(ctx.shape)  # type: ignore[attr-defined]  # as above
+        return whole.index_copy_(ctx.axis, features, grad), None, None  # type: ignore[attr-defined]  # as above
+
+
+def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
+    """List what a mask leaves of the parameters that it can reach; None if what it does to them is more than that."""
+    left: dict[str, dict[int, Tensor]] = {}
+    for path, layer in variational_layers(model).items():
+        left |= {f"{path}.{name}": {} for name in ("weight", "bias") if getattr(layer, name) is not None}
+    for sublayer in find_sublayers(model):
+        kept = mask.units_left(sublayer)
+        for module, part, features in features_left(model, sublayer, kept):
+            if len(kept) == sublayer.num_units:
+                continue
+            if part.role in (Role.NORM, Role.DEPTHWISE) or isinstance(module, ExpertMatrix):
+                return None
+            axis = -1 if part.role is Role.BIAS else feature_axis(module, part.axis)
+            features = features.to(module.get_parameter(part.parameter).device)
+            left.setdefault(f"{part.module}.{part.parameter}", {})[axis] = features
+            if part.role is not Role.BIAS and getattr(module, "bias", None) is not None:
+                left.setdefault(f"{part.module}.bias", {}).update({0: features} if part.axis is Axis.OUT else {})
+    return left

@@ -1,0 +1,183 @@
+"""A pruned twin gives the masked model's loss and gradients, and a run through it ends where one without does."""
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import CHECKPOINTING, PRUNING, make_trainer, rows, tiny_bert
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from zoo import ROWS, masks, zoo_batch, zoo_model
+
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.elbo import variational_layers
+from hf_vdneuron.masks import mask_model_, read_mask
+from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.pruned_twin import PrunedTwin
+from hf_vdneuron.recovering_trainer import RecoveringTrainer
+from hf_vdneuron.sublayers import Role
+from hf_vdneuron.trainer import VDTrainer
+
+
+#: In float64; but attention that is computed in float32 sums to one no better than that.
+EXACT, SUMS_TO_ONE = 1e-10, 1e-7
+
+#: A posterior in closed form after a quarter of the run, and a trained one after two thirds.
+CLOSED = {"sparsify_fraction": 0.0, "finetune_fraction": 0.25, "recover_fraction": 0.75, "target_speedup": 1.6}
+RUNS = {
+    "closed_form": CLOSED,
+    "trained_posterior": PRUNING,
+    "accumulated": {**CLOSED, "gradient_accumulation_steps": 3},
+    "recomputed": {**CLOSED, CHECKPOINTING: True},
+    "distilled": {**CLOSED, "distillation_weight": 0.5, "hidden_distillation_weight": 0.5},
+    "tolerated": {
+        "sparsify_fraction": 0.0,
+        "finetune_fraction": 0.25,
+        "recover_fraction": 0.75,
+        "max_loss_increase": 0.05,
+        "num_sizes": 3,
+    },
+}
+
+
+def has_twin(model: nn.Module) -> bool:
+    """Whether whatever is removed from a model are features of ordinary layers."""
+    sublayers = find_sublayers(model)
+    roles = {part.role for sublayer in sublayers for part in sublayer.slices}
+    return not roles & {Role.NORM, Role.DEPTHWISE} and all(sublayer.num_experts == 1 for sublayer in sublayers)
+
+
+def masked_model(row: str, name: str) -> PreTrainedModel:
+    """A patched model in float64 whose groups have scales of their own, under a mask."""
+    dense = zoo_model(row).double()
+    model = mask_model_(patch_model_(deepcopy(dense)), masks(dense)[name]).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in variational_layers(model).values():
+            layer.group_scale.add_(torch.rand(layer.group_scale.shape, generator=generator) - 0.5)
+    return model
+
+
+def double_batch(model: PreTrainedModel) -> dict[str, Any]:
+    inputs = zoo_batch(model).items()
+    return {name: one.double() if isinstance(one, Tensor) and one.is_floating_point() else one for name, one in inputs}
+
+
+def take_gradients_(model: nn.Module) -> dict[str, Tensor]:
+    """Take the gradients off a model; one that is zero, as some layers keep for what stands still, counts as none."""
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None and one.grad.any()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", ["ragged", "first_empty", "all_empty"])
+@pytest.mark.parametrize("row", [row for row in ROWS if has_twin(zoo_model(row))])
+def test_loss_and_gradients_are_those_of_the_masked_model(row: str, name: str) -> None:
+    model = masked_model(row, name)
+    inputs = double_batch(model)
+    before = model(**inputs).loss.detach()
+    twin = PrunedTwin.of_(model)
+    assert twin is not None
+    assert sum(one.numel() for one in twin.model.parameters()) < sum(one.numel() for one in model.parameters())
+    loss = model(**inputs).loss
+    torch.testing.assert_close(loss, before, rtol=0, atol=SUMS_TO_ONE)
+    loss.backward()
+    expected = take_gradients_(model)
+    for _ in range(2):  # as nothing is left of a step in the next
+        twin.take_over_()
+        own = twin.model(**inputs).loss
+        torch.testing.assert_close(own, loss, rtol=0, atol=EXACT)
+        own.backward()
+        twin.hand_back_()
+        torch.testing.assert_close(take_gradients_(model), expected, rtol=0, atol=SUMS_TO_ONE)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not has_twin(zoo_model(row))])
+def test_a_model_that_loses_more_than_features_is_left_alone(row: str) -> None:
+    dense = zoo_model(row)
+    model = mask_model_(patch_model_(deepcopy(dense)), masks(dense)["ragged"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert PrunedTwin.of_(model) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_there_is_no_twin_of_a_model_that_nothing_ends() -> None:
+    assert PrunedTwin.of_(patch_model_(tiny_bert())) is None
+    assert PrunedTwin.of_(tiny_bert()) is None
+
+
+def test_units_emit_nothing_any_more_and_stay_ended() -> None:
+    model = masked_model("bert", "ragged")
+    before = read_mask(model).keep
+    assert any((keep[0] != keep[1]).any() for keep in before.values())
+    PrunedTwin.of_(model)
+    assert all(torch.equal(keep, before[path].all(0).expand_as(keep)) for path, keep in read_mask(model).keep.items())
+
+
+def test_the_twin_follows_the_masked_model() -> None:
+    model = masked_model("bert", "ragged")
+    twin = PrunedTwin.of_(model)
+    assert twin is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    inputs = double_batch(model)
+    twin.take_over_()
+    torch.testing.assert_close(twin.model(**inputs).logits, model(**inputs).logits, rtol=0, atol=EXACT)
+
+
+def test_a_model_that_cannot_be_pruned_is_trained_under_its_masks(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_bert()
+    model.bert.adapter = nn.Linear(2, 2)
+    mask_model_(patch_model_(model), masks(model)["ragged"])
+    with caplog.at_level(logging.WARNING):
+        assert PrunedTwin.of_(model) is None
+    assert "adapter" in caplog.text
+
+
+def run(folder: Path, **options: Any) -> VDTrainer:
+    trainer = make_trainer(folder, tiny_bert().double(), trainer_options={"eval_dataset": rows()}, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_where_it_does_without_the_twin(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(tmp_path / "found", **RUNS[name])
+    make, twins = RecoveringTrainer._current_twin, []
+    # Made all the same, as units stop to emit constants with it, and left alone.
+    monkeypatch.setattr(RecoveringTrainer, "_current_twin", lambda trainer: twins.append(make(trainer)))
+    expected = run(tmp_path / "expected", **RUNS[name])
+    assert None not in twins[-3:]
+    torch.testing.assert_close(found.prune().state_dict(), expected.prune().state_dict(), rtol=0, atol=SUMS_TO_ONE)
+
+
+class Outputs:
+    """Width and dtype of what the neurons of a layer say in every forward pass of a training step, of copies too."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, torch.dtype]] = []
+
+    def __call__(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.seen.append((output.shape[-1], output.dtype))
+
+    def __deepcopy__(self, _: dict[int, object]) -> "Outputs":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)], ids=["single", "mixed"]
+)
+def test_only_steps_of_recovery_are_small(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    model, outputs = tiny_bert(), Outputs()
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(outputs)
+    trainer = make_trainer(tmp_path, model, **CLOSED | {"target_speedup": 10.0}, **options)
+    trainer.train()
+    left = int(read_mask(trainer.model).keep["bert.encoder.layer.0.feed_forward"].all(0).sum())
+    assert left < 24
+    # What weighs units, and what is fitted behind a cut, computes no gradients of the model in training.
+    assert outputs.seen == [(24, dtype)] * 3 + [(left, dtype)] * 9
