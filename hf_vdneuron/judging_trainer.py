@@ -17,7 +17,6 @@ from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.relevance import relevance_mask, unit_relevance
-from hf_vdneuron.schedules import PhasePlan
 from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.tolerance import DENSE_VALUE, ToleranceCallback, last_logged
 from hf_vdneuron.training_args import VDTrainingArguments
@@ -41,11 +40,6 @@ class JudgingTrainer(FittingTrainer):
 
     args: VDTrainingArguments
     max_length: int
-
-    @property
-    def plan(self) -> PhasePlan:
-        """Optimizer steps of each phase; known once `train()` has counted its steps."""
-        return self.args.phase_plan(self.state.max_steps)
 
     @property
     def choice_dataset(self) -> EvalData:

@@ -42,9 +42,12 @@ class PrunedTwin:
     def __init__(self, masked: nn.Module, model: nn.Module, left: _Left) -> None:
         self.model = model
         self._masked = masked
+        self._left = left
         # Attention that has lost all of its heads has no parameters.
         self._cut = [(name, parameter) for name, parameter in model.named_parameters() if name in left]
-        self._left = left
+        for _, parameter in self._cut:
+            # What is empty would be waited for by data parallelism.
+            parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
         self._taken: list[Tensor] = []
 
     @classmethod
@@ -84,7 +87,7 @@ class PrunedTwin:
             values = layers[path].mean if own == "weight" and path in layers else self._masked.get_parameter(name)
             for axis, features in self._left[name].items():
                 values = _Selection.apply(values, features, axis)
-            parameter.data = values.detach()
+            parameter.data, parameter.grad = values.detach(), None
             self._taken.append(values)
 
     def hand_back_(self) -> None:

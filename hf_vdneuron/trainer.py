@@ -155,11 +155,6 @@ class VDTrainer(JudgingTrainer):
         return self._teacher.model
 
     @property
-    def phase(self) -> Phase:
-        """Phase of the step that comes next."""
-        return self.plan.phase_at(self.state.global_step)
-
-    @property
     def num_data(self) -> int:
         """Number of terms that the loss is the mean of, :math:`N` in the bound.
 
@@ -361,6 +356,7 @@ class VDTrainer(JudgingTrainer):
         self._phases.is_cut = True
         self.model_wrapped = self.model
         self.optimizer, self.lr_scheduler = None, None
+        self._forget_twin_()
         return self.model
 
     # ---- Logs ----

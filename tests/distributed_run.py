@@ -33,7 +33,7 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **run: Any) -> None:
         if state.global_step == self.step:
             named = run["model"].named_parameters()
-            self.found = {name: parameter.grad.clone() for name, parameter in named if parameter.requires_grad}
+            self.found = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
 def run(folder: Path, options: dict[str, Any]) -> None:
@@ -57,6 +57,7 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         "kept": dict(read_mask(trainer.model).keep),
         "weights": trainer.model.state_dict(),
         "log": trainer.state.log_history,
+        "has_twin": trainer._twin is not None,
     }
     torch.save(seen, folder / f"rank-{trainer.args.process_index}.pt")
 

@@ -94,6 +94,24 @@ def test_gradients_are_those_of_the_global_batch(without_noise: tuple[Seen, list
     assert any(gradient.abs().max() > 1000 * TOLERANCE for gradient in single["gradients"].values())
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_through_the_twin_are_those_of_the_global_batch(parts: int, tmp_path: Path) -> None:
+    options = {
+        **{"finetune_fraction": 0.0, "sparsify_fraction": 0.0, "recover_fraction": 1.0, "target_speedup": 8.0},
+        **{"noise": True, "step": 2, "max_steps": 3, "max_grad_norm": 0.0, "gradient_accumulation_steps": parts},
+    }
+    size = 8 // parts
+    single = alone(tmp_path / "one", per_device_train_batch_size=size, **options)
+    several = launch(tmp_path / "two", per_device_train_batch_size=size // NUM_PROCESSES, **options)
+    assert not all(keep.any() for keep in single["kept"].values())  # a layer without heads has fewer parameters
+    for seen in several:
+        assert seen["has_twin"]
+        assert seen["gradients"].keys() == single["gradients"].keys()
+        for name, expected in single["gradients"].items():
+            torch.testing.assert_close(seen["gradients"][name], expected, rtol=1e-3, atol=1e-5, msg=name)
+    assert any(gradient.abs().max() > 1e-3 for gradient in single["gradients"].values())
+
+
 @pytest.mark.parametrize(
     "target",
     [

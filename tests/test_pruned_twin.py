@@ -149,7 +149,7 @@ def test_a_run_ends_where_it_does_without_the_twin(name: str, tmp_path: Path, mo
     found = run(tmp_path / "found", **RUNS[name])
     make, twins = RecoveringTrainer._current_twin, []
     # Made all the same, as units stop to emit constants with it, and left alone.
-    monkeypatch.setattr(RecoveringTrainer, "_current_twin", lambda trainer: twins.append(make(trainer)))
+    monkeypatch.setattr(RecoveringTrainer, "_current_twin", lambda *run: twins.append(make(*run)))
     expected = run(tmp_path / "expected", **RUNS[name])
     assert None not in twins[-3:]
     torch.testing.assert_close(found.prune().state_dict(), expected.prune().state_dict(), rtol=0, atol=SUMS_TO_ONE)
