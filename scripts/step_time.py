@@ -15,18 +15,24 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from benchmarks.baselines import keep_affordable
 from benchmarks.cell import TRAIN_BATCH_SIZE, Cell, Settings
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.budget import Costs
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
 from hf_vdneuron.loading import load_model
+from hf_vdneuron.masks import mask_model_
+from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.relevance import expected_units
 from hf_vdneuron.schedules import Phase
 from hf_vdneuron.selection import FREE, stages
 from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.steering import steps_between_looks
-from hf_vdneuron.targets import cost_ratio_budget
+from hf_vdneuron.targets import cost_ratio_budget, speedup_budget
 
 
 #: Steps at the start of each turn that are not timed: memory is allocated, kernels are chosen.
@@ -45,7 +51,7 @@ class StepTimeArguments:
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder with `<task>/{train,validation}.parquet`; by default the Hub is used."}
     )
-    target_speedup: float = field(default=2.0, metadata={"help": "Speed-up to ask for, so that the KL is steered."})
+    target_speedup: float = field(default=2.0, metadata={"help": "Speed-up to steer the KL for, and to recover at."})
     turns: int = field(default=3, metadata={"help": "Turns of each phase."})
     steps: int = field(default=12, metadata={"help": "Steps of a turn, more than those that warm up."})
     max_length: int = field(default=128, metadata={"help": "Tokens to which texts are truncated."})
@@ -104,6 +110,21 @@ class Seconds:
     stage: float
 
 
+def mask_for_(model: PreTrainedModel, target_speedup: float, *, length: int) -> None:
+    """Mask a model down to a target, by chance: it does not change how long a step takes.
+
+    Args:
+        model: A dense model, patched in place.
+        target_speedup: The target.
+        length: Tokens for which it is asked.
+    """
+    budget = speedup_budget(Costs(model, length=length), target_speedup)
+    random = torch.Generator().manual_seed(0)
+    worth = {part.path: torch.rand(part.num_units, generator=random) for part in find_sublayers(model)}
+    mask = keep_affordable(model, worth, budget)
+    mask_model_(patch_model_(model), mask)
+
+
 def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
     """Train a few steps in each phase, in turns.
 
@@ -137,6 +158,8 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
             clock = StepClock()
             model, teacher = (load_model(args.model_name_or_path, cell.task)[0] for _ in range(2))
             learns = phase is not Phase.FINETUNE
+            if phase is Phase.RECOVER:
+                mask_for_(model, args.target_speedup, length=args.max_length)
             target = args.target_speedup if phase is Phase.SPARSIFY else None
             trainer = cell.train(
                 model, phase, args.steps, teacher=teacher if learns else None, target_speedup=target, callbacks=[clock]

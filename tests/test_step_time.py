@@ -9,6 +9,7 @@ from glue_samples import write_sst2
 from torch import nn
 
 from hf_vdneuron import fitting_trainer
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.schedules import Phase
 from hf_vdneuron.trainer import VDTrainer
 
@@ -27,11 +28,13 @@ def test_a_run_is_priced_by_its_phases(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[Phase, list[list[int]]] = {phase: [] for phase in Phase}
+    units: dict[Phase, int] = {}
     compute_loss = VDTrainer.compute_loss
 
     def watched(trainer: VDTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> object:
         if model.training:
             seen[trainer.phase].append(inputs["input_ids"].flatten().tolist())
+            units[trainer.phase] = sum(part.num_units for part in find_sublayers(model))
         return compute_loss(trainer, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(VDTrainer, "compute_loss", watched)
@@ -51,6 +54,7 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytes
     assert all(second > 0 for second in [*seconds.steps.values(), seconds.look, seconds.stage])
     assert len(seen[Phase.FINETUNE]) == args.turns * args.steps
     assert seen[Phase.FINETUNE] == seen[Phase.SPARSIFY] == seen[Phase.RECOVER]
+    assert units[Phase.RECOVER] < units[Phase.FINETUNE] == units[Phase.SPARSIFY]
     assert seen[Phase.FINETUNE][0] != seen[Phase.FINETUNE][args.steps]  # another turn has other rows
 
 
