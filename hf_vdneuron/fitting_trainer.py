@@ -10,10 +10,13 @@ from accelerate.utils import broadcast_object_list, gather, reduce
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.curvature import Curvature, estimate_curvature
 from hf_vdneuron.discovery import few_rows
 from hf_vdneuron.evidence import closed_form_evidence
+from hf_vdneuron.masks import read_mask
 from hf_vdneuron.patching import patch_model_
+from hf_vdneuron.pruning import prune_model_
 from hf_vdneuron.reconstruction import correct_, corrections
 from hf_vdneuron.recovering_trainer import RecoveringTrainer
 from hf_vdneuron.sharding import dense_copy
@@ -32,16 +35,25 @@ class FittingTrainer(RecoveringTrainer):
         """Measure the evidence for heads and neurons as the model is now. Every process has to call this.
 
         Returns:
-            Path of each sub-layer -> nats, shape `(num_sides, num_units)`.
+            Path of each sub-layer -> nats, shape `(num_sides, num_units)`; 0 of what the masks have ended.
 
         Raises:
             ValueError: If there is no training example.
         """
-        posterior = patch_model_(dense_copy(self.model), self.vd_config)
+        mask = read_mask(self.model)
+        if not any(keep.all(0).any() for keep in mask.keep.values()):
+            return {path: torch.zeros(keep.shape) for path, keep in mask.keep.items()}
+        # Nothing is computed for what is gone.
+        posterior = patch_model_(prune_model_(dense_copy(self.model), mask), self.vd_config)
         own = estimate_curvature(posterior, self._examples(), loss=self._loss)
         # Each process has seen a share of the examples.
         curvature = Curvature(reduce(dict(own.weights), "mean"), gather(dict(own.scores)))
-        return closed_form_evidence(posterior, curvature)
+        evidence = closed_form_evidence(posterior, curvature)
+        for sublayer in find_sublayers(self.model):
+            left = evidence[sublayer.path]
+            everywhere = left.new_zeros(len(left), sublayer.num_units)
+            evidence[sublayer.path] = everywhere.index_copy(1, mask.units_left(sublayer), left)
+        return evidence
 
     def make_up_for_(self, dense: nn.Module) -> None:
         """Let what the masks have left of the model do what it did before, by least squares, in place.

@@ -15,16 +15,18 @@ from transformers import (
     default_data_collator,
 )
 from transformers.utils.generic import ModelOutput
+from zoo import any_mask, masks
 
 from hf_vdneuron import budget, fitting_trainer
 from hf_vdneuron.budget import Costs, units_left
 from hf_vdneuron.curvature import estimate_curvature
 from hf_vdneuron.elbo import variational_parameters
-from hf_vdneuron.evidence import unit_evidence
+from hf_vdneuron.evidence import closed_form_evidence, unit_evidence
 from hf_vdneuron.laplace import fit_posterior_
-from hf_vdneuron.masks import read_mask
+from hf_vdneuron.masks import mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.schedules import PRETRAINING_EVIDENCE
+from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.sublayers import Unit
 from hf_vdneuron.trainer import VDTrainer
 
@@ -67,6 +69,26 @@ def test_evidence_is_that_of_the_training_loss(tmp_path: Path) -> None:
     evidence = unit_evidence(expected, curvature, num_data=PRETRAINING_EVIDENCE)
     for path, found in trainer.closed_form_evidence().items():
         torch.testing.assert_close(found, evidence[path], rtol=1e-3, atol=1e-2)
+
+
+def test_evidence_of_what_is_left_is_that_under_the_masks(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, tiny_bert().double(), trainer_options={"max_length": LENGTH}, **CLOSED)
+    mask = any_mask(trainer.model, seed=3)
+    mask_model_(trainer.model, mask)
+    masked = patch_model_(dense_copy(trainer.model))
+    curvature = estimate_curvature(masked, trainer._examples(), loss=trainer._loss)
+    expected = closed_form_evidence(masked, curvature)
+    for path, found in trainer.closed_form_evidence().items():
+        kept = mask.keep[path].all(0)
+        assert not kept.all()
+        torch.testing.assert_close(found[:, kept], expected[path][:, kept], rtol=1e-4, atol=1e-4, check_dtype=False)
+        assert not found[:, ~kept].any()
+
+
+def test_nothing_is_worth_nothing(tmp_path: Path) -> None:
+    trainer = closed(tmp_path)
+    mask_model_(trainer.model, masks(trainer.model)["all_empty"])
+    assert not any(worth.any() for worth in trainer.closed_form_evidence().values())
 
 
 def test_the_model_itself_is_left_alone(tmp_path: Path) -> None:
