@@ -130,7 +130,7 @@ def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
         for module, part, features in features_left(model, sublayer, kept):
             if len(kept) == sublayer.num_units:
                 continue
-            if part.role in (Role.NORM, Role.DEPTHWISE) or isinstance(module, ExpertMatrix):
+            if part.role is Role.NORM or isinstance(module, ExpertMatrix):
                 return None
             axis = -1 if part.role is Role.BIAS else feature_axis(module, part.axis)
             features = features.to(module.get_parameter(part.parameter).device)

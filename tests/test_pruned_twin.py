@@ -47,7 +47,7 @@ def has_twin(model: nn.Module) -> bool:
     """Whether whatever is removed from a model are features of ordinary layers."""
     sublayers = find_sublayers(model)
     roles = {part.role for sublayer in sublayers for part in sublayer.slices}
-    return not roles & {Role.NORM, Role.DEPTHWISE} and all(sublayer.num_experts == 1 for sublayer in sublayers)
+    return Role.NORM not in roles and all(sublayer.num_experts == 1 for sublayer in sublayers)
 
 
 def masked_model(row: str, name: str) -> PreTrainedModel:
