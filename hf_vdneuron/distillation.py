@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_vdneuron.checkpoints import has_teacher, load_teacher_, save_teacher
+from hf_vdneuron.precision import leave_mixed_precision_
 from hf_vdneuron.sharding import dense_copy
 
 
@@ -221,7 +222,7 @@ def predictions(outputs: object, whose: str) -> Tensor:
 
 
 def _fixed_copy(student: nn.Module) -> nn.Module:
-    return dense_copy(student).requires_grad_(False).eval()
+    return leave_mixed_precision_(dense_copy(student)).requires_grad_(False).eval()
 
 
 class Teacher:

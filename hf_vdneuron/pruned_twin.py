@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A masked model trained through a pruned one: a step then costs what the pruned model's does.
 
-A masked layer multiplies by its zeros. Its pruned twin holds the same numbers without them, so it gives the same loss
-and the same gradients for less. The masked model stays the one that is trained: optimizer, checkpoints and masks are
-its own. Before each forward pass the twin takes over its weights, and after it hands back the gradients.
+A masked layer multiplies by its zeros. A pruned twin holds the same numbers without them, so that it gives the same
+loss and the same gradients for less, but for the draws of dropout. The masked model stays the one that is trained:
+optimizer, checkpoints and masks are its own. Before each forward pass the twin takes over its weights, and behind it
+hands back the gradients.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import variational_layers
-from hf_vdneuron.experts import ExpertMatrix
-from hf_vdneuron.layers import feature_axis
+from hf_vdneuron.experts import ExpertMatrix, find_module
+from hf_vdneuron.layers import VariationalLayer, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.pruning import features_left, prune_model_
 from hf_vdneuron.sublayers import Axis, Role
@@ -33,7 +34,7 @@ _Left = Mapping[str, Mapping[int, Tensor]]
 
 
 class PrunedTwin:
-    """A pruned copy of a masked model, which shares with it all parameters that the masks do not reach.
+    """A pruned copy of a masked model, which shares with it all parameters outside of the layers that masks can reach.
 
     Attributes:
         model: The copy.
@@ -45,9 +46,6 @@ class PrunedTwin:
         self._left = left
         # Attention that has lost all of its heads has no parameters.
         self._cut = [(name, parameter) for name, parameter in model.named_parameters() if name in left]
-        for _, parameter in self._cut:
-            # What is empty would be waited for by data parallelism.
-            parameter.requires_grad_(parameter.requires_grad and parameter.numel() > 0)
         self._taken: list[Tensor] = []
 
     @classmethod
@@ -58,11 +56,12 @@ class PrunedTwin:
             masked: A patched model. It computes what it did, and every unit that was ended is so on all sides.
 
         Returns:
-            Its twin. None if the masks end nothing, or if removing what they end takes more than leaving features out.
+            Its twin. None if the masks end nothing, if removing what they end takes more than leaving features out,
+            or, with a warning, if the model cannot be pruned.
         """
         mask = read_mask(masked)
         left = _features_left(masked, mask)
-        if left is None or not any(left.values()):
+        if left is None or not any(left.values()) or _are_tied(masked, left):
             return None
         tensors = (*masked.named_parameters(), *masked.named_buffers())
         shared = {id(tensor): tensor for name, tensor in tensors if name not in left}
@@ -72,9 +71,10 @@ class PrunedTwin:
             _LOGGER.warning("Recovery trains the model under its masks, as it cannot be pruned: %s", error)
             return None
         with torch.no_grad():
-            for name, axes in left.items():
-                if name.endswith(".bias") and not axes:
-                    masked.get_parameter(name).copy_(model.get_parameter(name))
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias") and name in left:
+                    everything = torch.arange(len(parameter), device=parameter.device)
+                    masked.get_parameter(name).index_copy_(0, left[name].get(0, everything), parameter)
         mask_model_(masked, RelevanceMask({path: keep.all(0).expand_as(keep) for path, keep in mask.keep.items()}))
         return cls(masked, model, left)
 
@@ -83,11 +83,13 @@ class PrunedTwin:
         layers = variational_layers(self._masked)
         self._taken = []
         for name, parameter in self._cut:
-            path, _, own = name.rpartition(".")
-            values = layers[path].mean if own == "weight" and path in layers else self._masked.get_parameter(name)
+            path, _, kind = name.rpartition(".")
+            values = layers[path].mean if kind == "weight" and path in layers else self._masked.get_parameter(name)
             for axis, features in self._left[name].items():
-                values = _Selection.apply(values, features, axis)
+                values = values.index_select(axis, features)
             parameter.data, parameter.grad = values.detach(), None
+            # What is empty would be waited for by data parallelism.
+            parameter.requires_grad_(values.requires_grad and values.numel() > 0)
             self._taken.append(values)
 
     def hand_back_(self) -> None:
@@ -103,23 +105,6 @@ class PrunedTwin:
         self._taken = []
 
 
-class _Selection(torch.autograd.Function):
-    """Features of a tensor along an axis, each at most once: the way back copies, where autograd's own would add."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, features: Tensor, axis: int) -> Tensor:
-        ctx.save_for_backward(features)
-        ctx.shape, ctx.axis = tensor.shape, axis  # type: ignore[attr-defined]  # torch does not declare it
-        return tensor.index_select(axis, features)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (features,) = ctx.saved_tensors  # type: ignore[attr-defined]  # as above
-        whole = grad.new_zeros(ctx.shape)  # type: ignore[attr-defined]  # as above
-        return whole.index_copy_(ctx.axis, features, grad), None, None  # type: ignore[attr-defined]  # as above
-
-
 def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
     """List what a mask leaves of the parameters that it can reach; None if what it does to them is more than that."""
     left: dict[str, dict[int, Tensor]] = {}
@@ -127,9 +112,12 @@ def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
         left |= {f"{path}.{name}": {} for name in ("weight", "bias") if getattr(layer, name) is not None}
     for sublayer in find_sublayers(model):
         kept = mask.units_left(sublayer)
+        if len(kept) == sublayer.num_units:
+            continue
+        ends = [find_module(model, part.module) for side in sublayer.sides for part in side.slices]
+        if not all(isinstance(module, VariationalLayer) for module in ends):  # any other forgets that it is masked
+            return None
         for module, part, features in features_left(model, sublayer, kept):
-            if len(kept) == sublayer.num_units:
-                continue
             if part.role is Role.NORM or isinstance(module, ExpertMatrix):
                 return None
             axis = -1 if part.role is Role.BIAS else feature_axis(module, part.axis)
@@ -138,3 +126,9 @@ def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
             if part.role is not Role.BIAS and getattr(module, "bias", None) is not None:
                 left.setdefault(f"{part.module}.bias", {}).update({0: features} if part.axis is Axis.OUT else {})
     return left
+
+
+def _are_tied(model: nn.Module, left: _Left) -> bool:
+    """Tell whether a parameter that masks can reach goes by several names: what one loses, the others may keep."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return any(names[id(model.get_parameter(name))] > 1 for name in left)

@@ -226,7 +226,8 @@ class VDTrainer(JudgingTrainer):
             require_hidden_states(outputs)
         if self.teacher is None:
             return nll
-        lesson = self._teacher.outputs(inputs, hidden_states=self._distils_hidden_states)
+        with self.accelerator.autocast():  # which the model has of its own accord
+            lesson = self._teacher.outputs(inputs, hidden_states=self._distils_hidden_states)
         loss = distillation_loss(
             logits,
             predictions(lesson, "teacher"),
@@ -356,7 +357,6 @@ class VDTrainer(JudgingTrainer):
         self._phases.is_cut = True
         self.model_wrapped = self.model
         self.optimizer, self.lr_scheduler = None, None
-        self._forget_twin_()
         return self.model
 
     # ---- Logs ----

@@ -100,6 +100,13 @@ class VDTrainingArguments(GoalArguments, TrainingArguments):
             "posterior, and 0.7 otherwise."
         },
     )
+    recover_pruned: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether recovery runs through a pruned copy, which has the model's gradients for less: what "
+            "computes the loss then sees smaller parameters."
+        },
+    )
     kl_weight: float | None = field(
         default=None,
         metadata={

@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_vdneuron import phases
 from hf_vdneuron.masks import read_mask
+from hf_vdneuron.pruned_twin import PrunedTwin
 
 
 class Gradients(TrainerCallback):
@@ -50,6 +51,9 @@ def run(folder: Path, options: dict[str, Any]) -> None:
             patch.setattr(
                 phases, "set_variational_", lambda model, **values: switch_(model, **(values | {"noise": False}))
             )
+        give_back = PrunedTwin.hand_back_
+        handed_back: list[PrunedTwin] = []
+        patch.setattr(PrunedTwin, "hand_back_", lambda twin: (handed_back.append(twin), give_back(twin)))
         trainer = make_trainer(folder, model, data=data, trainer_options={"callbacks": [gradients]}, **options)
         trainer.train()
     seen = {
@@ -57,7 +61,7 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         "kept": dict(read_mask(trainer.model).keep),
         "weights": trainer.model.state_dict(),
         "log": trainer.state.log_history,
-        "has_twin": trainer._twin is not None,
+        "small_steps": len(handed_back),
     }
     torch.save(seen, folder / f"rank-{trainer.args.process_index}.pt")
 

@@ -323,6 +323,15 @@ def test_a_resumed_run_ends_bit_equal(
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
+def test_a_resumed_run_in_mixed_precision_hears_the_same_teacher(tmp_path: Path) -> None:
+    whole = closed(tmp_path / "whole", bf16=True, save_strategy="steps", save_steps=CUT + 2)
+    whole.train()
+    resumed = closed(tmp_path / "resumed", bf16=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{CUT + 2}"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 def test_one_fine_tuning_gives_many_sizes(tmp_path: Path) -> None:
     trainer = closed(tmp_path, save_posterior=True)
     trainer.train()

@@ -1,20 +1,25 @@
 """A pruned twin gives the masked model's loss and gradients, and a run through it ends where one without does."""
 
 import logging
+from contextlib import nullcontext
 from copy import deepcopy
+from gc import collect
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
+from models import CHAINS, mask_of, mixed_keep, outputs
 from runs import CHECKPOINTING, PRUNING, make_trainer, rows, tiny_bert
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ROWS, masks, zoo_batch, zoo_model
 
 from hf_vdneuron.architectures import find_sublayers
+from hf_vdneuron.config import Grouping, VDConfig
 from hf_vdneuron.elbo import variational_layers
-from hf_vdneuron.masks import mask_model_, read_mask
+from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.pruned_twin import PrunedTwin
 from hf_vdneuron.recovering_trainer import RecoveringTrainer
@@ -117,6 +122,47 @@ def test_units_emit_nothing_any_more_and_stay_ended() -> None:
     assert all(torch.equal(keep, before[path].all(0).expand_as(keep)) for path, keep in read_mask(model).keep.items())
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_says_what_it_said(name: str) -> None:
+    """Its layers in the middle read some units and make others."""
+    chain = CHAINS[name]
+    model = mask_model_(patch_model_(chain.model()), mask_of(mixed_keep(chain.places, chain.unfoldable))).eval()
+    before = outputs(model, chain.inputs())
+    twin = PrunedTwin.of_(model)
+    if twin is None:  # it has a norm
+        assert any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+        return
+    torch.testing.assert_close(outputs(model, chain.inputs()), before, rtol=0, atol=EXACT)
+    twin.take_over_()
+    torch.testing.assert_close(outputs(twin.model, chain.inputs()), before, rtol=0, atol=EXACT)
+
+
+def test_what_forgets_its_mask_has_no_twin() -> None:
+    """With a prior over rows alone nothing keeps training from moving the columns of what has ended."""
+    dense = tiny_bert()
+    model = patch_model_(deepcopy(dense), VDConfig(grouping=Grouping.ROWS))
+    assert PrunedTwin.of_(mask_model_(model, masks(dense)["ragged"])) is None
+
+
+def test_parameters_of_two_names_are_left_alone() -> None:
+    dense = tiny_bert()
+    first, second = dense.bert.encoder.layer
+    second.attention.self.query.weight = first.attention.self.query.weight
+    mask = RelevanceMask({path: keep for path, keep in masks(dense)["ragged"].keep.items() if "layer.0" in path})
+    assert PrunedTwin.of_(mask_model_(patch_model_(dense), mask)) is None
+
+
+def test_what_is_thawed_has_gradients() -> None:
+    model = masked_model("bert", "ragged")
+    twin = PrunedTwin.of_(model.requires_grad_(False))
+    assert twin is not None
+    for is_trained in (True, False):
+        model.requires_grad_(is_trained)
+        twin.take_over_()
+        cut = [parameter for name, parameter in twin.model.named_parameters() if "dense.weight" in name]
+        assert {parameter.requires_grad for parameter in cut} == {is_trained}
+
+
 def test_the_twin_follows_the_masked_model() -> None:
     model = masked_model("bert", "ragged")
     twin = PrunedTwin.of_(model)
@@ -147,15 +193,20 @@ def run(folder: Path, **options: Any) -> VDTrainer:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_where_it_does_without_the_twin(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(tmp_path / "found", **RUNS[name])
-    make, twins = RecoveringTrainer._current_twin, []
-    # Made all the same, as units stop to emit constants with it, and left alone.
-    monkeypatch.setattr(RecoveringTrainer, "_current_twin", lambda *run: twins.append(make(*run)))
+    prepare, twins = RecoveringTrainer._prepare_twin, []
+
+    def leave_alone(*step: Any) -> tuple[object, None, None]:
+        """Make a twin all the same, as units stop to emit constants with it."""
+        twins.append(prepare(*step).twin)
+        return None, None, None
+
+    monkeypatch.setattr(RecoveringTrainer, "_prepare_twin", leave_alone)
     expected = run(tmp_path / "expected", **RUNS[name])
     assert None not in twins[-3:]
     torch.testing.assert_close(found.prune().state_dict(), expected.prune().state_dict(), rtol=0, atol=SUMS_TO_ONE)
 
 
-class Outputs:
+class Watch:
     """Width and dtype of what the neurons of a layer say in every forward pass of a training step, of copies too."""
 
     def __init__(self) -> None:
@@ -165,7 +216,7 @@ class Outputs:
         if module.training and torch.is_grad_enabled():
             self.seen.append((output.shape[-1], output.dtype))
 
-    def __deepcopy__(self, _: dict[int, object]) -> "Outputs":
+    def __deepcopy__(self, _: dict[int, object]) -> "Watch":
         return self
 
 
@@ -173,11 +224,38 @@ class Outputs:
     ("options", "dtype"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)], ids=["single", "mixed"]
 )
 def test_only_steps_of_recovery_are_small(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    model, outputs = tiny_bert(), Outputs()
-    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(outputs)
+    model, watch = tiny_bert(), Watch()
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(watch)
     trainer = make_trainer(tmp_path, model, **CLOSED | {"target_speedup": 10.0}, **options)
     trainer.train()
     left = int(read_mask(trainer.model).keep["bert.encoder.layer.0.feed_forward"].all(0).sum())
     assert left < 24
     # What weighs units, and what is fitted behind a cut, computes no gradients of the model in training.
-    assert outputs.seen == [(24, dtype)] * 3 + [(left, dtype)] * 9
+    assert watch.seen == [(24, dtype)] * 3 + [(left, dtype)] * 9
+
+
+def test_a_run_can_do_without(tmp_path: Path) -> None:
+    model, watch = tiny_bert(), Watch()
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(watch)
+    make_trainer(tmp_path, model, **CLOSED | {"target_speedup": 10.0}, recover_pruned=False).train()
+    assert watch.seen == [(24, torch.float32)] * 12
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["in_the_end", "after_an_error"])
+def test_a_run_lets_go_of_its_twin(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[ReferenceType[PrunedTwin]] = []
+    hand_back = PrunedTwin.hand_back_
+
+    def watched(twin: PrunedTwin) -> None:
+        alive.append(ref(twin))
+        hand_back(twin)
+        if fails:
+            raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(PrunedTwin, "hand_back_", watched)
+    trainer = make_trainer(tmp_path, **CLOSED)
+    with pytest.raises(RuntimeError, match="interrupted") if fails else nullcontext():
+        trainer.train()
+    collect()
+    assert alive
+    assert alive[0]() is None
