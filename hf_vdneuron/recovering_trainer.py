@@ -91,7 +91,9 @@ class RecoveringTrainer(ResumableTrainer):
 
     def _prepare_twin(self, model: nn.Module) -> _Prepared:
         """Look up the twin, or make it anew where the masks have changed since."""
-        if self.phase is not Phase.RECOVER or not self.args.recover_pruned:
+        # A finished run that is resumed is asked for gradients once more, which it drops.
+        recovers = self.phase is Phase.RECOVER and self.state.global_step < self.state.max_steps
+        if not (recovers and self.args.recover_pruned):
             return _Prepared((), None, None)
         if self._prepared is None or self._prepared.masks != _fingerprint(self.model):
             is_alone = model is self.model and self.accelerator.distributed_type is DistributedType.NO
