@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.elbo import variational_layers
 from hf_vdneuron.experts import ExpertMatrix, find_module
-from hf_vdneuron.layers import VariationalLayer, feature_axis
+from hf_vdneuron.layers import VariationalLayer, VDExpertMatrix, feature_axis
 from hf_vdneuron.masks import RelevanceMask, mask_model_, read_mask
 from hf_vdneuron.pruning import features_left, prune_model_
 from hf_vdneuron.sublayers import Axis, Role
@@ -80,13 +80,15 @@ class PrunedTwin:
 
     def take_over_(self) -> None:
         """Take over the weights of the masked model as they are now."""
-        layers = variational_layers(self._masked)
+        layers = {_weight_name(path, layer): layer for path, layer in variational_layers(self._masked).items()}
         self._taken = []
         for name, parameter in self._cut:
-            path, _, kind = name.rpartition(".")
-            values = layers[path].mean if kind == "weight" and path in layers else self._masked.get_parameter(name)
+            layer = layers.get(name)
+            values = self._masked.get_parameter(name) if layer is None else layer.mean
             for axis, features in self._left[name].items():
                 values = values.index_select(axis, features)
+            if isinstance(layer, VDExpertMatrix):
+                values = layer.stored(values)
             parameter.data, parameter.grad = values.detach(), None
             # What is empty would be waited for by data parallelism.
             parameter.requires_grad_(values.requires_grad and values.numel() > 0)
@@ -109,7 +111,7 @@ def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
     """List what a mask leaves of the parameters that it can reach; None if what it does to them is more than that."""
     left: dict[str, dict[int, Tensor]] = {}
     for path, layer in variational_layers(model).items():
-        left |= {f"{path}.{name}": {} for name in ("weight", "bias") if getattr(layer, name) is not None}
+        left |= {_weight_name(path, layer): {}} | ({} if layer.bias is None else {f"{path}.bias": {}})
     for sublayer in find_sublayers(model):
         kept = mask.units_left(sublayer)
         if len(kept) == sublayer.num_units:
@@ -118,14 +120,20 @@ def _features_left(model: nn.Module, mask: RelevanceMask) -> _Left | None:
         if not all(isinstance(module, VariationalLayer) for module in ends):  # any other forgets that it is masked
             return None
         for module, part, features in features_left(model, sublayer, kept):
-            if part.role is Role.NORM or isinstance(module, ExpertMatrix):
+            if part.role is Role.NORM:
                 return None
+            name = f"{part.module}.{part.parameter}" if part.role is Role.BIAS else _weight_name(part.module, module)
             axis = -1 if part.role is Role.BIAS else feature_axis(module, part.axis)
-            features = features.to(module.get_parameter(part.parameter).device)
-            left.setdefault(f"{part.module}.{part.parameter}", {})[axis] = features
+            features = features.to(model.get_parameter(name).device)
+            left.setdefault(name, {})[axis] = features
             if part.role is not Role.BIAS and getattr(module, "bias", None) is not None:
                 left.setdefault(f"{part.module}.bias", {}).update({0: features} if part.axis is Axis.OUT else {})
     return left
+
+
+def _weight_name(path: str, layer: nn.Module) -> str:
+    """Name of the parameter that holds the weight of a layer, or of all experts."""
+    return f"{path.rpartition('.')[0]}.{layer.name}" if isinstance(layer, ExpertMatrix) else f"{path}.weight"
 
 
 def _are_tied(model: nn.Module, left: _Left) -> bool:

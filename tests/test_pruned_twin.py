@@ -49,15 +49,15 @@ RUNS = {
 
 
 def has_twin(model: nn.Module) -> bool:
-    """Whether whatever is removed from a model are features of ordinary layers."""
-    sublayers = find_sublayers(model)
-    roles = {part.role for sublayer in sublayers for part in sublayer.slices}
-    return Role.NORM not in roles and all(sublayer.num_experts == 1 for sublayer in sublayers)
+    """Whether whatever is removed from a model are features of ordinary layers and experts."""
+    return all(part.role is not Role.NORM for sublayer in find_sublayers(model) for part in sublayer.slices)
 
 
 def masked_model(row: str, name: str) -> PreTrainedModel:
     """A patched model in float64 whose groups have scales of their own, under a mask."""
     dense = zoo_model(row).double()
+    if any(sublayer.num_experts > 1 for sublayer in find_sublayers(dense)):
+        dense.set_experts_implementation("eager")  # as no other one computes in float64
     model = mask_model_(patch_model_(deepcopy(dense)), masks(dense)[name]).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
