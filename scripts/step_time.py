@@ -25,7 +25,7 @@ from hf_vdneuron.budget import Costs
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
 from hf_vdneuron.loading import load_model
-from hf_vdneuron.masks import mask_model_
+from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.relevance import expected_units
 from hf_vdneuron.schedules import Phase
@@ -102,7 +102,7 @@ class Seconds:
     Args:
         steps: Seconds of a step of each phase.
         look: Of a look of the controller at the posterior.
-        stage: Of a posterior in closed form, and of what makes up for a cut by it.
+        stage: Of a posterior in closed form, and of what makes up for a cut by it, where nothing was cut before.
     """
 
     steps: dict[Phase, float]
@@ -110,19 +110,21 @@ class Seconds:
     stage: float
 
 
-def mask_for_(model: PreTrainedModel, target_speedup: float, *, length: int) -> None:
-    """Mask a model down to a target, by chance: it does not change how long a step takes.
+def mask_for(model: PreTrainedModel, target_speedup: float, *, length: int) -> RelevanceMask:
+    """Choose what meets a target, by chance: it does not change how long a step takes.
 
     Args:
-        model: A dense model, patched in place.
+        model: A dense model.
         target_speedup: The target.
         length: Tokens for which it is asked.
+
+    Returns:
+        The mask.
     """
     budget = speedup_budget(Costs(model, length=length), target_speedup)
     random = torch.Generator().manual_seed(0)
     worth = {part.path: torch.rand(part.num_units, generator=random) for part in find_sublayers(model)}
-    mask = keep_affordable(model, worth, budget)
-    mask_model_(patch_model_(model), mask)
+    return keep_affordable(model, worth, budget)
 
 
 def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
@@ -158,8 +160,9 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
             clock = StepClock()
             model, teacher = (load_model(args.model_name_or_path, cell.task)[0] for _ in range(2))
             learns = phase is not Phase.FINETUNE
+            mask = mask_for(model, args.target_speedup, length=args.max_length)
             if phase is Phase.RECOVER:
-                mask_for_(model, args.target_speedup, length=args.max_length)
+                mask_model_(patch_model_(model), mask)
             target = args.target_speedup if phase is Phase.SPARSIFY else None
             trainer = cell.train(
                 model, phase, args.steps, teacher=teacher if learns else None, target_speedup=target, callbacks=[clock]
@@ -169,8 +172,10 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
                 started = time.perf_counter()
                 expected_units(trainer.model)
                 looks.append(time.perf_counter() - started)
+            if phase is Phase.FINETUNE:  # whose model is whole, as it is in the first stage
                 started = time.perf_counter()
                 trainer.closed_form_evidence()
+                mask_model_(trainer.model, mask)
                 trainer.make_up_for_(dense_copy(teacher))
                 stages_taken.append(time.perf_counter() - started)
     medians = {phase: median(values) for phase, values in seconds.items()}
