@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import leave
 from runs import make_trainer, rows, tiny_bert
 from transformers import (
     BertForMaskedLM,
@@ -68,3 +69,4 @@ def run(folder: Path, options: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from processes import leave
 from runs import make_trainer, rows
 from torch import Tensor
 
@@ -64,3 +65,4 @@ def _logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import leave
 from runs import rows, tiny_bert
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,3 +66,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()
