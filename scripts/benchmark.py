@@ -30,11 +30,14 @@ import torch
 from benchmarks.baselines import RANKINGS, SCORERS, TORCH_PRUNING, Scores, keep_affordable, keep_best
 from benchmarks.cell import DENSE, Cell, Courses, Settings
 from benchmarks.gates import fold_gates_
+from benchmarks.image_cell import CIFAR10, ImageCell
+from benchmarks.image_models import MODELS
 from benchmarks.learned_gates import LEARNED_GATES
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT, search_mask, tune_gates
 from benchmarks.measurements import DOORS, commit, latencies, score_in_new_process
 from benchmarks.plots import draw_courses, draw_scores
 from benchmarks.results import Results, Row, Run, latency_table, lead_table, score_table
+from benchmarks.text_cell import TextCell
 from transformers import PreTrainedModel, set_seed
 
 from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
@@ -62,8 +65,9 @@ CLOSED_FORM, CLOSED_FORM_ONE_SHOT = "vd_closed", "vd_oneshot"
 ASK_FOR_TARGET = (CLOSED_FORM, CLOSED_FORM_ONE_SHOT, *LEARNED_GATES)
 #: Optimizer steps of a dense checkpoint.
 DENSE_STEPS = 400
-#: The same for tasks that take longer to learn: after 400 steps on CoLA, MiniLM has a Matthews correlation of 18.
-MORE_DENSE_STEPS = {"cola": 1500}
+#: The same for tasks that take longer to learn: after 400 steps on CoLA, MiniLM has a Matthews correlation of 18. On
+#: CIFAR-10 models start at random.
+MORE_DENSE_STEPS = {"cola": 1500, "cifar10": 4000}
 #: In the order in which they run: without a target, scorers need the counts of ours.
 METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 
@@ -72,16 +76,25 @@ METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 class BenchmarkArguments:
     """Flags of this script."""
 
-    model_name_or_path: str = field(metadata={"help": "Pretrained model to start from: a folder, or a Hub name."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Pretrained model to start from: a folder, or a Hub name. For images one of "
+            f"{', '.join(MODELS)}, which start at random."
+        }
+    )
     dataset_dir: str | None = field(
-        default=None, metadata={"help": "Folder with `<task>/{train,validation}.parquet`; by default the Hub is used."}
+        default=None,
+        metadata={
+            "help": f"Folder with `<task>/{{train,validation}}.parquet`, or `{CIFAR10}/{{train,test}}.parquet`; by "
+            "default GLUE comes from the Hub."
+        },
     )
     work_dir: str = field(default="out/benchmark", metadata={"help": "Folder for the models."})
     results_file: str = field(
         default=str(Path(__file__).parent / "results" / "benchmark.jsonl"),
         metadata={"help": "Finished runs, one per line."},
     )
-    tasks: list[str] = field(default_factory=lambda: ["sst2", "mrpc"], metadata={"help": "GLUE tasks."})
+    tasks: list[str] = field(default_factory=lambda: ["sst2", "mrpc"], metadata={"help": f"GLUE tasks, or {CIFAR10}."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -207,7 +220,7 @@ def shrink_to_target(
     Returns:
         As `shrink`.
     """
-    length = cell.settings.max_length
+    length = cell.length
     if method in (CLOSED_FORM, CLOSED_FORM_ONE_SHOT):
         model = sparsify(model, cell.batches(model), target_speedup=target_speedup, max_length=length)
         return model, cell.settings.budget if method == CLOSED_FORM else 0, {}
@@ -234,7 +247,7 @@ def choose(cell: Cell, run: Run, model: PreTrainedModel, results: Results) -> Re
     """
     keep: Callable[[Scores], RelevanceMask]
     if run.target_speedup is not None:
-        budget = speedup_budget(Costs(model, length=cell.settings.max_length), run.target_speedup)
+        budget = speedup_budget(Costs(model, length=cell.length), run.target_speedup)
         keep = partial(keep_affordable, model, budget=budget, whatever_it_costs=run.method in RANKINGS)
     else:
         ours = results.find(run._replace(method=OURS))
@@ -271,18 +284,18 @@ def finish(cell: Cell, run: Run, results: Results) -> Row:
     # What counts is what was saved.
     model = cell.load(name)
     left = units_left(model)
-    full, body = (body_cost(either, length=cell.settings.max_length) for either in (dense_twin(model), model))
+    full, body = (body_cost(either, length=cell.length) for either in (dense_twin(model), model))
     return {
         **run._asdict(),
         **cell.score(model),
         "score_after_cut": after_cut["score"],
-        "score_through": {door: score_in_new_process(folder, cell, flags) for door, flags in DOORS.items()},
+        "score_through": {door: score_in_new_process(cell, folder, flags) for door, flags in DOORS.items()},
         "parameters": model.num_parameters(),
         "body_weights": body.weights,
         "speedup": cost_ratio(full.macs, body.macs),
         **{f"{unit}s": sum(left[unit]) for unit in Unit},
         **{f"{unit}s_per_layer": left[unit] for unit in Unit},
-        "latency": latencies(model),
+        "latency": latencies(cell, model),
         "courses": courses,
         "seconds": round(seconds, 1),
         "environment": {**environment(cell.device), "threads": str(torch.get_num_threads())},
@@ -322,7 +335,8 @@ def work(args: BenchmarkArguments, results: Results) -> None:
         with claim(work_dir / f"{task}-{seed}.lock") as granted:
             if not granted:
                 continue
-            cell = Cell(
+            cell_type = ImageCell if task == CIFAR10 else TextCell
+            cell = cell_type(
                 args.settings(task), task, seed, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
             )
             left = [run for run in args.missing(results) if (run.task, run.seed) == (task, seed)]

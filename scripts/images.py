@@ -13,70 +13,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.cifar10 import NUM_CLASSES, augment, load_images
+from benchmarks.cifar10 import NUM_CLASSES, load_images
 from benchmarks.classifiers import (
     Arguments,
     Examples,
     Job,
-    Recipe,
     Run,
     Settings,
     classify,
     fingerprint,
     run_all,
 )
-from torch import Tensor
+from benchmarks.image_models import MODELS, collate, pair
 from transformers import AutoModelForImageClassification
 
 from hf_vdneuron.cli import one_line_errors, parse_args
 
 
-#: Type of a model -> how it is built for images of 32 x 32 pixels.
-MODELS = {
-    "vit": Recipe(
-        {
-            "hidden_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "intermediate_size": 384,
-            "image_size": 32,
-            "patch_size": 4,
-        },
-        65,
-    ),
-    "convnext": Recipe({"hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "num_stages": 3, "patch_size": 2}, 256),
-    "resnet": Recipe(
-        {"hidden_sizes": [64, 128, 256], "depths": [2, 2, 2], "embedding_size": 64, "layer_type": "basic"}, 64
-    ),
-}
 RESULTS_FILE = Path(__file__).parent / "results" / "images.jsonl"
-
-
-def pair(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Make the rows that a Trainer reads.
-
-    Args:
-        images: Shape `(N, 3, 32, 32)`.
-        labels: Shape `(N,)`.
-
-    Returns:
-        One row per image.
-    """
-    return [*zip(images, labels, strict=True)]
-
-
-def collate(rows: list[tuple[Tensor, Tensor]], *, is_augmented: bool) -> dict[str, Tensor]:
-    """Make a batch.
-
-    Args:
-        rows: Its images and labels.
-        is_augmented: Whether images are shifted and mirrored.
-
-    Returns:
-        Keyword arguments of the model.
-    """
-    images, labels = map(torch.stack, zip(*rows, strict=True))
-    return {"pixel_values": augment(images) if is_augmented else images, "labels": labels}
 
 
 @one_line_errors

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from benchmarks.baselines import keep_affordable
-from benchmarks.cell import TRAIN_BATCH_SIZE, Cell, Settings
+from benchmarks.cell import TRAIN_BATCH_SIZE, Settings
+from benchmarks.text_cell import TextCell
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
-from hf_vdneuron.loading import load_model
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.relevance import expected_units
@@ -153,12 +153,12 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
     looks: list[float] = []
     stages_taken: list[float] = []
     for turn in range(args.turns):
-        cell = Cell(
+        cell = TextCell(
             settings, args.task_name, turn, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
         )
         for phase in Phase:
             clock = StepClock()
-            model, teacher = (load_model(args.model_name_or_path, cell.task)[0] for _ in range(2))
+            model, teacher = cell.build(), cell.build()
             learns = phase is not Phase.FINETUNE
             mask = mask_for(model, args.target_speedup, length=args.max_length)
             if phase is Phase.RECOVER:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import benchmark
 import pytest
 import run_glue
 import torch
-from benchmarks import cell, measurements
+from benchmarks import cell, measurements, text_cell
 from benchmarks.baselines import SCORERS, keep_affordable, keep_best
 from benchmarks.mask_search import MASK_SEARCHES, ONE_SHOT
 from benchmarks.plots import draw_courses
@@ -61,7 +62,7 @@ def finished(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     """All runs of one cell, scored by `run_glue` in this process, as starting eight takes a minute."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+        patch.setattr(text_cell, "LATENCY_GRID", LATENCY_GRID)
         patch.setattr(measurements.subprocess, "run", lambda command, **_: run_glue.main(command[2:]))
         patch.setattr(benchmark, "commit", lambda: "abc")
         benchmark.main(flags(samples, folder))
@@ -271,9 +272,14 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch: pytest.Mon
     benchmark.BenchmarkArguments("model", methods=["dense", "fisher"]).require_packages()
 
 
-def test_a_dense_checkpoint_of_other_steps_is_another(samples: Path, finished: Finished) -> None:
+def test_a_dense_checkpoint_is_known_by_all_that_it_depends_on(finished: Finished) -> None:
     folder, _ = finished
-    assert (folder / "work" / "sst2-0" / f"dense-{NUM_STEPS['dense_steps']}-steps" / "config.json").exists()
+    (checkpoint,) = (folder / "work" / "sst2-0").glob("dense-*")
+    assert (checkpoint / "config.json").exists()
+    settings = cell.Settings("models/a", 100, 16, 2, 3, 2, 1e-4, 5e-5, bf16=False, distillation=True)
+    assert settings.dense_name == replace(settings, model="elsewhere/a", recover_steps=5).dense_name
+    others = [{"model": "models/b"}, {"dense_steps": 3}, {"max_train_samples": 50}, {"bf16": True}]
+    assert len({settings.dense_name, *(replace(settings, **other).dense_name for other in others)}) == 5
 
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:
@@ -309,7 +315,7 @@ def test_without_distillation_nobody_is_taught(samples: Path, tmp_path: Path, mo
         raise RuntimeError("a lesson")
 
     monkeypatch.setattr(trainer, "distillation_loss", refuse)
-    monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+    monkeypatch.setattr(text_cell, "LATENCY_GRID", LATENCY_GRID)
     monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
     methods = ("vd", "random", "l0")  # a posterior, recovery alone, gates that learn
     asked = flags(samples, tmp_path, "--target_speedups", "1.2", "--methods")
@@ -324,7 +330,7 @@ def test_without_distillation_nobody_is_taught(samples: Path, tmp_path: Path, mo
 def test_targets_are_runs_of_their_own(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measurements, "LATENCY_GRID", LATENCY_GRID)
+    monkeypatch.setattr(text_cell, "LATENCY_GRID", LATENCY_GRID)
     monkeypatch.setattr(cell, "LOGGING_STEPS", 1)
     monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
     methods = ("vd", "fisher", "vd_closed", "vd_oneshot", "l0", "movement")

@@ -6,7 +6,7 @@ from pathlib import Path
 import images
 import pytest
 import torch
-from benchmarks import classifiers
+from benchmarks import classifiers, image_models
 from benchmarks.classifiers import Recipe
 from cifar_samples import write_folder
 from transformers import AutoModelForImageClassification
@@ -81,10 +81,10 @@ def test_positions_are_those_of_the_first_blocks(model_type: str) -> None:
 
 
 def test_images_are_augmented_in_training_alone() -> None:
-    rows = images.pair(torch.randn(8, 3, 32, 32), torch.arange(8))
-    plain = images.collate(rows, is_augmented=False)
+    rows = image_models.pair(torch.randn(8, 3, 32, 32), torch.arange(8))
+    plain = image_models.collate(rows, is_augmented=False)
     assert torch.equal(plain["pixel_values"], torch.stack([image for image, _ in rows]))
-    assert not torch.equal(images.collate(rows, is_augmented=True)["pixel_values"], plain["pixel_values"])
+    assert not torch.equal(image_models.collate(rows, is_augmented=True)["pixel_values"], plain["pixel_values"])
 
 
 def test_unknown_models_are_named(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One task and one seed: what all methods share, from the data over the dense checkpoint to the trainer."""
+"""One task and one seed: what all methods share, from the dense checkpoint to the trainer."""
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from benchmarks.gates import gated
 from benchmarks.learned_gates import LearnedGates
 from hf_vdneuron.config import VDConfig
-from hf_vdneuron.evaluation import encode, evaluate_glue
-from hf_vdneuron.glue import glue_task, load_glue, take
 from hf_vdneuron.history import report_training
-from hf_vdneuron.loading import load_model, load_tokenizer
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.schedules import Phase
@@ -27,7 +25,7 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
-__all__ = ["DENSE", "EVAL_BATCH_SIZE", "TRAIN_BATCH_SIZE", "Cell", "Courses", "Settings"]
+__all__ = ["DENSE", "EVAL_BATCH_SIZE", "SCORING_ROWS", "TRAIN_BATCH_SIZE", "Cell", "Courses", "Settings"]
 
 #: Name of the method that leaves the dense checkpoint alone.
 DENSE = "dense"
@@ -36,6 +34,9 @@ TRAIN_BATCH_SIZE, EVAL_BATCH_SIZE = 32, 64
 WARMUP_SHARE = 0.1
 #: Training rows that a score looks at (Kwon 2022, section 5.1).
 SCORING_ROWS = 2048
+
+#: Digits that tell dense checkpoints apart, beside their steps.
+NUM_DIGITS = 8
 
 #: So that a course of 400 steps has 40 points.
 LOGGING_STEPS = 10
@@ -78,8 +79,16 @@ class Settings:
         """Optimizer steps after the dense checkpoint, the same for all methods."""
         return self.sparsify_steps + self.recover_steps
 
+    @property
+    def dense_name(self) -> str:
+        """Name of the dense checkpoint: another one for all that it depends on."""
+        model = Path(self.model).name  # wherever it lies
+        values = [model, self.max_train_samples, self.max_length, self.dense_learning_rate, self.bf16]
+        digest = sha256(json.dumps(values).encode()).hexdigest()[:NUM_DIGITS]
+        return f"{DENSE}-{self.dense_steps}-steps-{digest}"
 
-class Cell:
+
+class Cell(ABC):
     """What the methods share on one task with one seed.
 
     Args:
@@ -95,18 +104,94 @@ class Cell:
         self, settings: Settings, task_name: str, seed: int, *, dataset_dir: str | None, work_dir: Path, use_cpu: bool
     ) -> None:
         self.settings = settings
-        self.task = glue_task(task_name, dataset_dir)
+        self.task_name = task_name
         self.seed = seed
         self.dataset_dir = dataset_dir
         self.folder = work_dir / f"{task_name}-{seed}"
         self.use_cpu = use_cpu
-        self.tokenizer = load_tokenizer(settings.model)
 
-    @cached_property
-    def rows(self) -> dict[str, Dataset]:
-        """Training rows of this seed, and the official validation sets."""
-        splits = load_glue(self.task, self.dataset_dir)
-        return {**splits, "train": take(splits["train"], self.settings.max_train_samples, seed=self.seed)}
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions of an example that costs are computed for."""
+
+    @property
+    @abstractmethod
+    def latency_grid(self) -> Sequence[tuple[int, int]]:
+        """Batch sizes and lengths at which latency is measured: one request and many."""
+
+    @abstractmethod
+    def build(self) -> PreTrainedModel:
+        """Load what the dense checkpoint is trained from.
+
+        Returns:
+            The model.
+        """
+
+    @abstractmethod
+    def training_data(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Prepare the training rows.
+
+        Args:
+            model: Who is to be trained on them.
+
+        Returns:
+            Keyword arguments of a trainer: its data set, and what makes batches of it.
+        """
+
+    @abstractmethod
+    def training_arguments(self) -> dict[str, Any]:
+        """Tell what this kind of data asks of a trainer.
+
+        Returns:
+            Keyword arguments of its training arguments.
+        """
+
+    @abstractmethod
+    def batches(self, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+        """Read training rows for a method that scores a model before it trains it.
+
+        Args:
+            model: The model, whose numbering of the classes the labels follow.
+
+        Yields:
+            Keyword arguments of its forward.
+        """
+
+    @abstractmethod
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        """Score a model on rows that nothing was trained on or chosen by, in fp32.
+
+        Args:
+            model: The model.
+
+        Returns:
+            `score` and each metric of the task.
+        """
+
+    @abstractmethod
+    def score_command(self, folder: Path, output_dir: Path) -> list[str]:
+        """Write how a user scores a saved model.
+
+        Args:
+            folder: Where it lies.
+            output_dir: Where its results go.
+
+        Returns:
+            Name of a script, and its flags.
+        """
+
+    @abstractmethod
+    def latency_inputs(self, batch_size: int, length: int) -> dict[str, Tensor]:
+        """Make up inputs for a forward that is timed.
+
+        Args:
+            batch_size: Number of examples.
+            length: Positions of each.
+
+        Returns:
+            Keyword arguments of a forward.
+        """
 
     @cached_property
     def device(self) -> torch.device:
@@ -119,12 +204,11 @@ class Cell:
         Returns:
             The model.
         """
-        steps = self.settings.dense_steps
-        name = f"{DENSE}-{steps}-steps"
+        name = self.settings.dense_name
         if not (self.folder / name / "config.json").exists():
             set_seed(self.seed)
-            model, _ = load_model(self.settings.model, self.task)
-            self.train(model, Phase.FINETUNE, steps).prune()
+            model = self.build()
+            self.train(model, Phase.FINETUNE, self.settings.dense_steps).prune()
             self.save(model, name)
         return self.load(name)
 
@@ -183,39 +267,8 @@ class Cell:
         """
         return self.train(model, Phase.RECOVER, steps, teacher=self.teacher()).prune()
 
-    def batches(self, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-        """Read training rows for a method that scores a model before it trains it.
-
-        Args:
-            model: The model, whose numbering of the classes the labels follow.
-
-        Yields:
-            Keyword arguments of its forward.
-        """
-        rows = take(self.rows["train"], SCORING_ROWS, seed=self.seed)
-        encoded = encode(rows, self.task, self.tokenizer, model.config, max_length=self.settings.max_length)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        by_length = encoded.select(sorted(range(len(encoded)), key=lengths.__getitem__))  # spares padding
-        collator = DataCollatorWithPadding(self.tokenizer)
-        for batch in DataLoader(by_length, batch_size=TRAIN_BATCH_SIZE, collate_fn=collator):
-            yield {name: values.to(self.device) for name, values in batch.items()}
-
-    def score(self, model: PreTrainedModel) -> dict[str, float]:
-        """Score a model on the official validation sets, in fp32.
-
-        Args:
-            model: The model.
-
-        Returns:
-            `score` and each metric of the task.
-        """
-        data = {split: self.rows[split] for split in self.task.validation_splits}
-        length = self.settings.max_length
-        result = evaluate_glue(model, self.tokenizer, self.task, data, max_length=length, batch_size=EVAL_BATCH_SIZE)
-        return {name: value for name, value in result.items() if isinstance(value, float)}
-
     def save(self, model: PreTrainedModel, name: str) -> Path:
-        """Save a model with its tokenizer.
+        """Save a model with what it needs.
 
         Args:
             model: The model.
@@ -224,7 +277,6 @@ class Cell:
         Returns:
             The folder.
         """
-        self.tokenizer.save_pretrained(self.folder / name)
         model.save_pretrained(self.folder / name)
         return self.folder / name
 
@@ -264,17 +316,14 @@ class Cell:
         Returns:
             The trainer, whose `prune` takes the variational layers out again.
         """
-        length = self.settings.max_length
         trainer = VDTrainer(
             model=model,
             args=self._arguments(phase, steps, target_speedup=target_speedup),
             vd_config=vd_config,
             teacher=teacher,
-            train_dataset=encode(self.rows["train"], self.task, self.tokenizer, model.config, max_length=length),
-            data_collator=DataCollatorWithPadding(self.tokenizer),
-            processing_class=self.tokenizer,
-            max_length=length,
+            max_length=self.length,
             callbacks=[*callbacks],
+            **self.training_data(model),
         )
         trainer.train()
         return trainer
@@ -291,7 +340,6 @@ class Cell:
             learning_rate=rates.get(phase, self.settings.learning_rate),
             seed=self.seed,
             per_device_train_batch_size=TRAIN_BATCH_SIZE,
-            train_sampling_strategy="group_by_length",  # padding would double the cost of short texts
             warmup_steps=WARMUP_SHARE,
             bf16=self.settings.bf16,
             use_cpu=self.use_cpu,
@@ -299,6 +347,7 @@ class Cell:
             logging_steps=LOGGING_STEPS,
             save_strategy="no",
             report_to="none",
+            **self.training_arguments(),
             **fractions,
             **more,
         )

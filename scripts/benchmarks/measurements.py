@@ -8,8 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from benchmarks.cell import EVAL_BATCH_SIZE, Cell
-from hf_vdneuron.report import report_speed
+from benchmarks.cell import Cell
+from hf_vdneuron.budget import body_cost, cost_ratio
+from hf_vdneuron.latency import measure_latency
 from hf_vdneuron.structure import dense_twin
 
 
@@ -17,17 +18,15 @@ __all__ = ["DOORS", "commit", "latencies", "score_in_new_process"]
 
 SCRIPTS = Path(__file__).parents[1]
 
-#: Batch sizes and lengths at which latency is measured: one request and many, short and long.
-LATENCY_GRID = ((1, 32), (1, 128), (32, 32), (32, 128))
-
-#: Both ways to load a saved model, as flags of `run_glue.py`.
+#: Both ways to load a saved model, as flags of the scripts that score one.
 DOORS: dict[str, tuple[str, ...]] = {"hf_vdneuron": (), "trust_remote_code": ("--trust_remote_code", "True")}
 
 
-def latencies(model: PreTrainedModel) -> list[dict[str, float]]:
+def latencies(cell: Cell, model: PreTrainedModel) -> list[dict[str, float]]:
     """Time a model and its dense twin in turns.
 
     Args:
+        cell: Task and seed.
         model: A model, pruned or not.
 
     Returns:
@@ -36,37 +35,27 @@ def latencies(model: PreTrainedModel) -> list[dict[str, float]]:
     """
     dense = dense_twin(model)
     rows = []
-    for batch_size, length in LATENCY_GRID:
-        speed = report_speed(dense, model, length=length, batch_size=batch_size)
-        seconds = {"dense": speed.dense_seconds, "pruned": speed.pruned_seconds}
-        rows.append({"batch_size": batch_size, "length": length, "predicted": speed.predicted, **seconds})
+    for batch_size, length in cell.latency_grid:
+        full, body = (body_cost(either, length=length).macs for either in (dense, model))
+        seconds = measure_latency({"dense": dense, "pruned": model}, cell.latency_inputs(batch_size, length))
+        rows.append({"batch_size": batch_size, "length": length, "predicted": cost_ratio(full, body), **seconds})
     return rows
 
 
-def score_in_new_process(folder: Path, cell: Cell, flags: tuple[str, ...]) -> float:
+def score_in_new_process(cell: Cell, folder: Path, flags: tuple[str, ...]) -> float:
     """Score a saved model as its user would.
 
     Args:
-        folder: Where it lies.
         cell: Task and seed.
-        flags: Flags of `run_glue.py` that choose the door.
+        folder: Where the model lies.
+        flags: Flags that choose the door.
 
     Returns:
         The task's score.
     """
     output_dir = cell.folder / "eval"
-    values = {
-        "model_name_or_path": folder,
-        "task_name": cell.task.name,
-        "dataset_dir": cell.dataset_dir,
-        "output_dir": output_dir,
-        "max_length": cell.settings.max_length,
-        "per_device_eval_batch_size": EVAL_BATCH_SIZE,
-        "device": cell.device,
-    }
-    given = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    command = [sys.executable, str(SCRIPTS / "run_glue.py"), *given, *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    script, *given = cell.score_command(folder, output_dir)
+    subprocess.run([sys.executable, str(SCRIPTS / script), *given, *flags], check=True, stdout=subprocess.DEVNULL)
     return float(json.loads((output_dir / "eval_results.json").read_text(encoding="utf-8"))["score"])
 
 
