@@ -42,7 +42,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
-from hf_vdneuron.config import PriorType, VDConfig
+from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.one_shot import sparsify
 from hf_vdneuron.pruning import prune_model_
@@ -59,6 +59,13 @@ VARIATIONAL = {
     "vd_group": VDConfig(prior=PriorType.GROUP),
     "vd_weight": VDConfig(prior=PriorType.WEIGHT, group_scale=False),
 }
+#: Ours with one of its defaults changed, to show what it does; run where they are named.
+ABLATIONS = {
+    "vd_rows": VDConfig(grouping=Grouping.ROWS),
+    "vd_coupled": VDConfig(grouping=Grouping.COUPLED),
+    "vd_query_key": VDConfig(query_key=True),
+    "vd_no_scale": VDConfig(group_scale=False),
+}
 #: Ours without training a posterior: the first recovers for the whole budget, the second not at all.
 CLOSED_FORM, CLOSED_FORM_ONE_SHOT = "vd_closed", "vd_oneshot"
 #: Methods that are nothing without a target.
@@ -70,6 +77,7 @@ DENSE_STEPS = 400
 MORE_DENSE_STEPS = {"cola": 1500, "cifar10": 4000}
 #: In the order in which they run: without a target, scorers need the counts of ours.
 METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
+KNOWN_METHODS = (*METHODS, *ABLATIONS)
 
 
 @dataclass
@@ -98,7 +106,9 @@ class BenchmarkArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
-        metadata={"help": f"Methods; {', '.join(ASK_FOR_TARGET)} need a target."},
+        metadata={
+            "help": f"Methods; {', '.join(ASK_FOR_TARGET)} need a target, and {', '.join(ABLATIONS)} are run if named."
+        },
     )
     target_speedups: list[float] = field(
         default_factory=list, metadata={"help": "Speed-ups to ask for; by default the dropout-rate rule decides."}
@@ -131,8 +141,8 @@ class BenchmarkArguments:
         Raises:
             ValueError: If one is unknown, or all of them lack the target that they need.
         """
-        if unknown := sorted(set(self.methods) - set(METHODS)):
-            raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(METHODS)}")
+        if unknown := sorted(set(self.methods) - set(KNOWN_METHODS)):
+            raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(KNOWN_METHODS)}")
         if not self.target_speedups and set(self.methods) <= set(ASK_FOR_TARGET):
             raise ValueError(f"`methods` holds {self.methods}, which need a target: set `target_speedups` too")
 
@@ -171,7 +181,7 @@ class BenchmarkArguments:
         Yields:
             The runs, baselines behind the runs that they need.
         """
-        methods = [method for method in METHODS if method in self.methods]
+        methods = [method for method in KNOWN_METHODS if method in self.methods]
         targets: list[float | None] = [*self.target_speedups] or [None]
         for seed, task in product(self.seeds, self.tasks):
             runs = [Run(task, seed, DENSE)] if DENSE in methods else []
@@ -194,8 +204,8 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
     model = cell.dense()
     if run.method == DENSE:
         return model, 0, {}
-    if run.method in VARIATIONAL:
-        model, courses = cell.sparsify(model, VARIATIONAL[run.method], run.target_speedup)
+    if vd_config := (VARIATIONAL | ABLATIONS).get(run.method):
+        model, courses = cell.sparsify(model, vd_config, run.target_speedup)
         return model, cell.settings.recover_steps, courses
     if run.method in ASK_FOR_TARGET and run.target_speedup is not None:
         return shrink_to_target(cell, run.method, model, run.target_speedup)

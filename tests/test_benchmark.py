@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import AutoModel, BertConfig
 from hf_vdneuron import trainer
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
+from hf_vdneuron.config import VDConfig
 from hf_vdneuron.layers import feature_axis
 from hf_vdneuron.persistence import from_pretrained
 from hf_vdneuron.sublayers import Unit
@@ -325,6 +326,32 @@ def test_without_distillation_nobody_is_taught(samples: Path, tmp_path: Path, mo
     for name in methods:
         with pytest.raises(RuntimeError, match="a lesson"):
             benchmark.main([*asked, name])
+
+
+def test_ablations_change_one_default_and_are_run_if_named(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not set(benchmark.BenchmarkArguments("model").methods) & benchmark.ABLATIONS.keys()
+    defaults = asdict(VDConfig())
+    for config in benchmark.ABLATIONS.values():
+        assert sum(value != defaults[name] for name, value in asdict(config).items()) == 1
+    asked: list[VDConfig | None] = []
+    train = text_cell.TextCell.train
+
+    def listen(
+        self: text_cell.TextCell, *args: Any, vd_config: VDConfig | None = None, **more: Any
+    ) -> trainer.VDTrainer:
+        asked.append(vd_config)
+        return train(self, *args, vd_config=vd_config, **more)
+
+    monkeypatch.setattr(text_cell.TextCell, "train", listen)
+    monkeypatch.setattr(text_cell, "LATENCY_GRID", LATENCY_GRID)
+    monkeypatch.setattr(benchmark, "score_in_new_process", lambda *_: 0.5)
+    benchmark.main(flags(samples, tmp_path, "--target_speedups", "1.5", "--methods", *benchmark.ABLATIONS))
+    assert [config for config in asked if config is not None] == [*benchmark.ABLATIONS.values()]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == [*benchmark.ABLATIONS]
+    assert all(row["speedup"] >= 1.5 for row in rows)
 
 
 def test_targets_are_runs_of_their_own(
