@@ -4,7 +4,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from transformers import (
 from hf_vdneuron.glue import LABEL_COLUMN, GlueMetric, GlueTask
 from hf_vdneuron.labels import class_order
 
+
+#: Seed of the resampled validation sets.
+RESAMPLING_SEED = 0
 
 __all__ = ["encode", "evaluate_glue", "make_compute_metrics"]
 
@@ -101,6 +104,7 @@ def evaluate_glue(
     *,
     max_length: int,
     batch_size: int,
+    num_resamples: int = 0,
 ) -> dict[str, Any]:
     """Score a model on the validation sets of a task, on the device where the model is.
 
@@ -111,22 +115,48 @@ def evaluate_glue(
         data: Rows of every validation split of the task.
         max_length: Tokens to which texts are truncated.
         batch_size: Examples per forward pass.
+        num_resamples: Resampled validation sets for the standard error of `score`, at least 2; 0 leaves it out.
 
     Returns:
         `score`, the mean of the metrics; each metric by name; `num_examples` and `split`. MNLI, which has two
-        validation sets, gets the means over both, and `accuracy_matched` and `accuracy_mismatched`.
+        validation sets, gets the means over both, and `accuracy_matched` and `accuracy_mismatched`. Resampled, there
+        is `standard_error` too: how far other rows of as many would have moved `score`.
     """
     compute_metrics = make_compute_metrics(task, model.config)
-    per_split = {}
+    outputs = {}
     for split in task.validation_splits:
         encoded = encode(data[split], task, tokenizer, model.config, max_length=max_length)
         logits = _predict(model, tokenizer, encoded, batch_size=batch_size, description=f"Evaluating {task.name}")
-        per_split[split] = compute_metrics(EvalPrediction(logits, np.array(encoded["labels"])))
-    return {
-        **_merge(per_split),
-        "num_examples": sum(len(data[split]) for split in per_split),
-        "split": "+".join(per_split),
-    }
+        outputs[split] = logits, np.array(encoded["labels"])
+
+    def measure(rows: Mapping[str, NDArray[np.integer]] | None = None) -> dict[str, float]:
+        chosen = {split: slice(None) if rows is None else rows[split] for split in outputs}
+        return _merge({
+            split: compute_metrics(EvalPrediction(logits[chosen[split]], labels[chosen[split]]))
+            for split, (logits, labels) in outputs.items()
+        })
+
+    sizes = {split: len(labels) for split, (_, labels) in outputs.items()}
+    error = {"standard_error": _standard_error(measure, sizes, num_resamples)} if num_resamples else {}
+    return {**measure(), **error, "num_examples": sum(sizes.values()), "split": "+".join(outputs)}
+
+
+def _standard_error(
+    measure: Callable[[Mapping[str, NDArray[np.integer]]], Mapping[str, float]],
+    sizes: Mapping[str, int],
+    num_resamples: int,
+) -> float:
+    """Estimate by the bootstrap how far a score is from that of all rows of its kind.
+
+    Validation sets are drawn, with replacement, from the one that there is (Efron, "Bootstrap Methods: Another Look at
+    the Jackknife", 1979, section 2).
+
+    Returns:
+        Standard deviation of the score over them.
+    """
+    generator = np.random.default_rng(RESAMPLING_SEED)
+    draws = ({split: generator.integers(0, size, size) for split, size in sizes.items()} for _ in range(num_resamples))
+    return stdev(measure(rows)["score"] for rows in draws)
 
 
 def _merge(per_split: dict[str, dict[str, float]]) -> dict[str, float]:

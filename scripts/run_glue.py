@@ -4,7 +4,8 @@
     python scripts/run_glue.py --model_name_or_path M --task_name sst2 --output_dir E
 
 Writes `E/eval_results.json` and prints a table. Per task there is `score`, the mean of the task's metrics, and each
-metric by name; at the top, `score` is the mean over tasks. The result of a single task is at the top as well.
+metric by name; at the top, `score` is the mean over tasks. The result of a single task is at the top as well. With
+`--num_resamples 1000` there is `standard_error` too: how far other rows of as many would have moved the score.
 """
 
 import sys
@@ -34,6 +35,9 @@ from hf_vdneuron.wording import percent
 RESULTS_FILE = "eval_results.json"
 ALL_TASKS = "all"
 
+#: Fewer have no spread.
+LEAST_RESAMPLES = 2
+
 #: Flags that decide about the scores.
 REPORTED_FLAGS = (
     "model_name_or_path",
@@ -41,6 +45,7 @@ REPORTED_FLAGS = (
     "max_length",
     "max_eval_samples",
     "per_device_eval_batch_size",
+    "num_resamples",
     "trust_remote_code",
 )
 
@@ -70,6 +75,13 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = field(
         default=8, metadata={"help": "Examples per forward pass; with the Trainer's, scores are the Trainer's too."}
     )
+    num_resamples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Also tell the standard error of the score, over this many validation sets drawn from the one "
+            "that there is; 1000 are plenty."
+        },
+    )
     device: str | None = field(
         default=None, metadata={"help": "Where to compute, such as cpu or cuda:0; an accelerator if there is one."}
     )
@@ -81,9 +93,11 @@ class EvaluationArguments:
         """Check the counts.
 
         Raises:
-            ValueError: If one is below 1.
+            ValueError: If one is below 1, or there is a single resample, which has no spread.
         """
         check_counts(self, "max_length", "max_eval_samples", "per_device_eval_batch_size")
+        if self.num_resamples is not None and self.num_resamples < LEAST_RESAMPLES:
+            raise ValueError(f"`num_resamples` is {self.num_resamples}, expected at least {LEAST_RESAMPLES}")
 
 
 def named_tasks(args: EvaluationArguments) -> list[GlueTask]:
@@ -117,6 +131,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             rows,
             max_length=args.max_length,
             batch_size=args.per_device_eval_batch_size,
+            num_resamples=args.num_resamples or 0,
         )
         for task, rows in data.items()
     }

@@ -87,8 +87,11 @@ def tiny_classifier(num_labels: int, family: str = "bert", label_names: Sequence
     return model
 
 
-def evaluate(model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset]) -> dict[str, Any]:
-    return evaluate_glue(model, tiny_tokenizer(), task, rows, max_length=MAX_LENGTH, batch_size=BATCH_SIZE)
+def evaluate(
+    model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset], *, num_resamples: int = 0
+) -> dict[str, Any]:
+    sizes = {"max_length": MAX_LENGTH, "batch_size": BATCH_SIZE, "num_resamples": num_resamples}
+    return evaluate_glue(model, tiny_tokenizer(), task, rows, **sizes)
 
 
 def write_sst2(root: Path, *, num_rows: int = 24) -> None:

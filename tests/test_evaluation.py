@@ -18,6 +18,7 @@ from glue_samples import (
     tiny_classifier,
     tiny_tokenizer,
 )
+from scipy.stats import bootstrap
 from transformers import (
     BertConfig,
     DataCollatorWithPadding,
@@ -142,3 +143,27 @@ def test_a_model_with_swapped_names_scores_the_same() -> None:
     assert evaluate(model, task, rows) != expected
     model.config.id2label = dict(enumerate(task.label_names[::-1]))
     assert evaluate(model, task, rows) == expected
+
+
+@pytest.mark.parametrize("name", ["cola", "mrpc", "mnli"])
+def test_the_standard_error_is_that_of_scipys_bootstrap(name: str) -> None:
+    task = GLUE_TASKS[name]
+    rows = {split: Dataset.from_dict(columns_for(task, 60)) for split in task.validation_splits}
+    model = tiny_classifier(task.num_labels)
+    result = evaluate(model, task, rows, num_resamples=200)
+    plain = evaluate(model, task, rows)
+    assert {key: value for key, value in result.items() if key != "standard_error"} == plain
+    metric, variance = GlueMetric(task.name), 0.0
+    for split in rows.values():
+        expected = bootstrap(
+            (slow_predictions(model, task, split), split["label"]),
+            lambda predicted, true: metric.compute(predictions=predicted, references=true)["score"],
+            n_resamples=200,
+            paired=True,
+            vectorized=False,
+            method="percentile",
+            rng=1,
+        )
+        variance += expected.standard_error**2
+    assert result["standard_error"] == pytest.approx(variance**0.5 / len(rows), rel=0.2)
+    assert result["standard_error"] > 0

@@ -94,6 +94,15 @@ def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: py
     assert "another number of labels: mnli, stsb" in capsys.readouterr().out
 
 
+def test_the_standard_error_is_told_if_asked_for(
+    samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = results_of(samples, tmp_path, num_resamples=50)
+    assert results["standard_error"] > 0
+    assert results["num_resamples"] == 50
+    assert f"standard_error  {100 * results['standard_error']:7.2f}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -119,6 +128,7 @@ def test_all_tasks_that_fit_are_scored(samples: Path, tmp_path: Path, capsys: py
         ),
         pytest.param({"device": "toaster"}, "`device` 'toaster' cannot be used", id="no device"),
         pytest.param({"max_eval_samples": 0}, "`max_eval_samples` is 0, expected at least 1", id="no samples"),
+        pytest.param({"num_resamples": 1}, "`num_resamples` is 1, expected at least 2", id="no spread"),
         pytest.param({"per_device_eval_batch_size": "x"}, "invalid int value", id="wrong type"),
         pytest.param({"speed": 2}, "unknown arguments ['--speed=2']", id="unknown flag"),
     ],
