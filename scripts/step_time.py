@@ -9,6 +9,7 @@ the ratios are what it is for.
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,11 +20,13 @@ import torch
 from benchmarks.baselines import keep_affordable
 from benchmarks.cell import TRAIN_BATCH_SIZE, Settings
 from benchmarks.text_cell import TextCell
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.patching import patch_model_
@@ -33,10 +36,14 @@ from hf_vdneuron.selection import FREE, stages
 from hf_vdneuron.sharding import dense_copy
 from hf_vdneuron.steering import steps_between_looks
 from hf_vdneuron.targets import cost_ratio_budget, speedup_budget
+from hf_vdneuron.trainer import VDTrainer
 
 
 #: Steps at the start of each turn that are not timed: memory is allocated, kernels are chosen.
 WARMUP_STEPS = 2
+
+#: Pairs of steps, with and without KL and EM, in a turn.
+DIVERGENCE_PAIRS = 5
 
 #: It does not change how long a step takes.
 LEARNING_RATE = 5e-5
@@ -101,11 +108,13 @@ class Seconds:
 
     Args:
         steps: Seconds of a step of each phase.
+        divergence: Of KL and EM in a step of sparsification.
         look: Of a look of the controller at the posterior.
         stage: Of a posterior in closed form, and of what makes up for a cut by it, where nothing was cut before.
     """
 
     steps: dict[Phase, float]
+    divergence: float
     look: float
     stage: float
 
@@ -125,6 +134,34 @@ def mask_for(model: PreTrainedModel, target_speedup: float, *, length: int) -> R
     random = torch.Generator().manual_seed(0)
     worth = {part.path: torch.rand(part.num_units, generator=random) for part in find_sublayers(model)}
     return keep_affordable(model, worth, budget)
+
+
+def time_divergence(trainer: VDTrainer, batch: Mapping[str, Tensor]) -> list[float]:
+    """Time KL and EM: gradients of the noisy loss with and without them, in turns.
+
+    Args:
+        trainer: A trainer that has sparsified; its model is given gradients.
+        batch: Keyword arguments of its forward.
+
+    Returns:
+        By how many seconds they made each pair of steps differ; the first pair warms up and is left out.
+    """
+    model = trainer.model.train()
+    extra = []
+    for _ in range(1 + DIVERGENCE_PAIRS):
+        took = []
+        for collect_kl in (False, True):
+            set_variational_(model, noise=True, collect_kl=collect_kl)
+            started = time.perf_counter()
+            with trainer.accelerator.autocast():
+                loss = model(**batch).loss
+            if collect_kl:
+                loss = loss + kl_divergence(model)  # a weight would cost nothing
+            loss.backward()
+            em_step_(model)
+            took.append(time.perf_counter() - started)
+        extra.append(took[1] - took[0])
+    return extra[1:]
 
 
 def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
@@ -150,12 +187,14 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
         distillation=True,
     )
     seconds: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+    divergences: list[float] = []
     looks: list[float] = []
     stages_taken: list[float] = []
     for turn in range(args.turns):
         cell = TextCell(
             settings, args.task_name, turn, dataset_dir=args.dataset_dir, work_dir=work_dir, use_cpu=args.use_cpu
         )
+        batch = next(cell.batches(cell.build()))
         for phase in Phase:
             clock = StepClock()
             model, teacher = cell.build(), cell.build()
@@ -172,6 +211,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
                 started = time.perf_counter()
                 expected_units(trainer.model)
                 looks.append(time.perf_counter() - started)
+                divergences += time_divergence(trainer, batch)
             if phase is Phase.FINETUNE:  # whose model is whole, as it is in the first stage
                 started = time.perf_counter()
                 trainer.closed_form_evidence()
@@ -179,7 +219,7 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
                 trainer.make_up_for_(dense_copy(teacher))
                 stages_taken.append(time.perf_counter() - started)
     medians = {phase: median(values) for phase, values in seconds.items()}
-    return Seconds(medians, median(looks), median(stages_taken))
+    return Seconds(medians, median(divergences), median(looks), median(stages_taken))
 
 
 @one_line_errors
@@ -197,6 +237,7 @@ def main(argv: list[str]) -> None:
     body = cost_ratio_budget(lambda counts: 1.0, args.target_speedup)
     num_stages = len(stages(body, FREE, now=1.0, least=0.0))
     lines = [[str(phase), seconds.steps[phase], steps[phase]] for phase in Phase]
+    lines.insert(2, ["of it KL and EM", seconds.divergence, steps[Phase.SPARSIFY]])
     lines += [["look", seconds.look, num_looks], ["stage in closed form", seconds.stage, num_stages]]
     print_table(
         ["", "takes", "against a dense step", "times in a run"],
@@ -208,7 +249,8 @@ def main(argv: list[str]) -> None:
     paid = steps[Phase.FINETUNE] * dense
     print(
         f"\nA run of {sum(steps.values())} steps costs {trained / paid:.2f} times its dense fine-tuning, and "
-        f"{closed / paid:.2f} times with a posterior in closed form."
+        f"{closed / paid:.2f} times with a posterior in closed form. KL and EM are "
+        f"{100 * seconds.divergence / seconds.steps[Phase.SPARSIFY]:.1f} % of a step of sparsification."
     )
 
 

@@ -2,7 +2,7 @@
 """Finished runs: a file that only grows, and the table that is made from it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ from benchmarks.cell import DENSE
 __all__ = ["Results", "Row", "Run", "latency_table", "lead_table", "score_table"]
 
 Row = dict[str, Any]
-
+#: Task and seed.
+TaskAndSeed = tuple[str, int]
 
 #: What settings were before they could be chosen. Rows of that time lack them.
 FORMER_SETTINGS: Row = {"distillation": True}
@@ -97,19 +98,19 @@ def score_table(rows: list[Row]) -> str:
         Mean and standard error over seeds, one line per task, target and method. The last column is the score beyond
         the dense checkpoint of the same seed.
     """
-    dense = {(row["task"], row["seed"]): row["score"] for row in rows if row["method"] == DENSE}
+    dense = _dense_scores(rows)
     lines = [
         "| task | asked for | method | seeds | body weights left | after the cut | score | against dense |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (task, target, method), runs in _grouped(rows, "task", "target_speedup", "method").items():
         full = max(row["body_weights"] for row in rows)
-        paired = [row["score"] - dense[task, row["seed"]] for row in runs if (task, row["seed"]) in dense]
+        paired = [100 * row["score"] - dense[task, row["seed"]] for row in runs if (task, row["seed"]) in dense]
         cells = [
             _spread([100 * row["body_weights"] / full for row in runs], " %"),
             _spread([100 * row["score_after_cut"] for row in runs]),
             _spread([100 * row["score"] for row in runs]),
-            _spread([100 * difference for difference in paired]),
+            _spread(paired),
         ]
         lines.append(f"| {task} | {_asked(target)} | {method} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -128,6 +129,7 @@ def lead_table(rows: list[Row], ours: str) -> str:
         seed, with their standard error over pairs.
     """
     scores = {Run(*(row[name] for name in Run._fields)): 100 * row["score"] for row in rows}
+    dense = _dense_scores(rows)
     targets = sorted({(run.target_speedup, run.method) for run in scores if run.target_speedup is not None})
     lines = [
         f"| asked for | method | tasks | runs | dense score kept | by {ours} | lead of {ours} |",
@@ -138,7 +140,7 @@ def lead_table(rows: list[Row], ours: str) -> str:
         pairs = [cell for cell in cells if Run(*cell, ours, target) in scores]
         if not pairs:
             continue
-        kept = [_share(scores, pairs, name, target) for name in (method, ours)]
+        kept = [_share({cell: scores[Run(*cell, name, target)] for cell in pairs}, dense) for name in (method, ours)]
         lead = _spread([scores[Run(*cell, ours, target)] - scores[Run(*cell, method, target)] for cell in pairs])
         values = [kept[0], "", ""] if method == ours else [*kept, lead]
         counts = [str(len({task for task, _ in pairs})), str(len(pairs))]
@@ -146,13 +148,17 @@ def lead_table(rows: list[Row], ours: str) -> str:
     return "\n".join(lines)
 
 
-def _share(scores: Mapping[Run, float], cells: Sequence[tuple[str, int]], method: str, target: float) -> str:
-    """Write which share of the dense score a method keeps; of one that is not above 0 there is none."""
+def _dense_scores(rows: list[Row]) -> dict[TaskAndSeed, float]:
+    """Look up what each dense checkpoint scores, in percent."""
+    return {(row["task"], row["seed"]): 100 * row["score"] for row in rows if row["method"] == DENSE}
+
+
+def _share(scores: Mapping[TaskAndSeed, float], dense: Mapping[TaskAndSeed, float]) -> str:
+    """Write which share of the dense scores is kept; of one that is not above 0 there is none."""
     shares: dict[str, list[float]] = {}
-    for task, seed in cells:
-        dense = scores.get(Run(task, seed, DENSE), 0.0)
-        if dense > 0:
-            shares.setdefault(task, []).append(100 * scores[Run(task, seed, method, target)] / dense)
+    for cell, score in scores.items():
+        if dense.get(cell, 0.0) > 0:
+            shares.setdefault(cell[0], []).append(100 * score / dense[cell])
     return f"{fmean(map(fmean, shares.values())):.1f} %" if shares else "not measured"
 
 
