@@ -26,10 +26,10 @@ from hf_vdneuron.glue import LABEL_COLUMN, GlueMetric, GlueTask
 from hf_vdneuron.labels import class_order
 
 
-#: Seed of the resampled validation sets.
-RESAMPLING_SEED = 0
-
 __all__ = ["encode", "evaluate_glue", "make_compute_metrics"]
+
+#: Seed of the resampled validation sets, and the fewest that have a spread.
+RESAMPLING_SEED, LEAST_RESAMPLES = 0, 2
 
 
 def encode(
@@ -104,7 +104,7 @@ def evaluate_glue(
     *,
     max_length: int,
     batch_size: int,
-    num_resamples: int = 0,
+    num_resamples: int | None = None,
 ) -> dict[str, Any]:
     """Score a model on the validation sets of a task, on the device where the model is.
 
@@ -115,13 +115,19 @@ def evaluate_glue(
         data: Rows of every validation split of the task.
         max_length: Tokens to which texts are truncated.
         batch_size: Examples per forward pass.
-        num_resamples: Resampled validation sets for the standard error of `score`, at least 2; 0 leaves it out.
+        num_resamples: Resampled validation sets for the standard error of `score`, at least 2; None leaves it out. A
+            thousand of a few thousand rows take seconds.
 
     Returns:
         `score`, the mean of the metrics; each metric by name; `num_examples` and `split`. MNLI, which has two
         validation sets, gets the means over both, and `accuracy_matched` and `accuracy_mismatched`. Resampled, there
         is `standard_error` too: how far other rows of as many would have moved `score`.
+
+    Raises:
+        ValueError: If `num_resamples` is below 2.
     """
+    if num_resamples is not None and num_resamples < LEAST_RESAMPLES:
+        raise ValueError(f"`num_resamples` is {num_resamples}, expected at least {LEAST_RESAMPLES}")
     compute_metrics = make_compute_metrics(task, model.config)
     outputs = {}
     for split in task.validation_splits:
@@ -137,7 +143,7 @@ def evaluate_glue(
         })
 
     sizes = {split: len(labels) for split, (_, labels) in outputs.items()}
-    error = {"standard_error": _standard_error(measure, sizes, num_resamples)} if num_resamples else {}
+    error = {} if num_resamples is None else {"standard_error": _standard_error(measure, sizes, num_resamples)}
     return {**measure(), **error, "num_examples": sum(sizes.values()), "split": "+".join(outputs)}
 
 

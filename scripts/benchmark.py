@@ -6,9 +6,9 @@
 Every task and seed gets one dense checkpoint. From it each method removes heads and neurons, and what is left trains
 on until the budget of optimizer steps after the dense checkpoint is spent, equal for all but `fisher_oneshot` and
 `vd_oneshot`, which spend none. With `--target_speedups` each method keeps what the speed-up affords; without, `vd`
-decides by the dropout-rate rule, and the baselines keep as many heads and neurons of their own choice. The dense
-checkpoint teaches them all or, with `--no_distillation`, none: those are other runs, with tables and pictures of their
-own.
+decides by the dropout-rate rule, and the baselines keep as many heads and neurons of their own choice. `dense_longer`
+removes nothing and trains on: what the budget is worth by itself. The dense checkpoint teaches them all or, with
+`--no_distillation`, none: those are other runs, with tables and pictures of their own.
 
 Every finished run is a row of `--results_file`, and is skipped from then on. Several processes can share the work.
 `--plan` prints what is left to do, `--table` what is there, `--plots DIR` draws it.
@@ -70,16 +70,21 @@ ABLATIONS = {
 CLOSED_FORM, CLOSED_FORM_ONE_SHOT = "vd_closed", "vd_oneshot"
 #: Methods that are nothing without a target.
 ASK_FOR_TARGET = (CLOSED_FORM, CLOSED_FORM_ONE_SHOT, *LEARNED_GATES)
+#: The dense checkpoint, and what becomes of it when it goes on learning from itself for the whole budget.
+DENSE_LONGER = "dense_longer"
+WHOLE = (DENSE, DENSE_LONGER)
+#: Methods that know the layers of text models.
+FOR_TEXTS = (ONE_SHOT,)
 #: Optimizer steps of a dense checkpoint.
 DENSE_STEPS = 400
 #: The same for tasks that take longer to learn: after 400 steps on CoLA, MiniLM has a Matthews correlation of 18. On
 #: CIFAR-10 models start at random.
-MORE_DENSE_STEPS = {"cola": 1500, "cifar10": 4000}
+MORE_DENSE_STEPS = {"cola": 1500, CIFAR10: 4000}
 #: A task that takes longer to learn takes longer to recover: by default our sparsification takes as many steps as the
 #: dense checkpoint, and our recovery this share of them.
 RECOVER_SHARE = 0.4
 #: In the order in which they run: without a target, scorers need the counts of ours.
-METHODS = (DENSE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
+METHODS = (*WHOLE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 KNOWN_METHODS = (*METHODS, *ABLATIONS)
 
 
@@ -110,7 +115,8 @@ class BenchmarkArguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={
-            "help": f"Methods; {', '.join(ASK_FOR_TARGET)} need a target, and {', '.join(ABLATIONS)} are run if named."
+            "help": f"Methods; {', '.join(ASK_FOR_TARGET)} need a target, "
+            f"{', '.join(FOR_TEXTS)} is left out on images, and {', '.join(ABLATIONS)} are run if named."
         },
     )
     target_speedups: list[float] = field(
@@ -148,15 +154,21 @@ class BenchmarkArguments:
     plots: str | None = field(default=None, metadata={"help": "Folder to draw what is there in, and stop."})
 
     def __post_init__(self) -> None:
-        """Check the methods.
+        """Check the methods, and that the model suits the tasks.
 
         Raises:
-            ValueError: If one is unknown, or all of them lack the target that they need.
+            ValueError: If a method is unknown, all of them lack the target that they need, or a model of images is to
+                read texts.
         """
         if unknown := sorted(set(self.methods) - set(KNOWN_METHODS)):
             raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(KNOWN_METHODS)}")
         if not self.target_speedups and set(self.methods) <= set(ASK_FOR_TARGET):
             raise ValueError(f"`methods` holds {self.methods}, which need a target: set `target_speedups` too")
+        if CIFAR10 in self.tasks and (len(self.tasks) > 1 or self.model_name_or_path not in MODELS):
+            raise ValueError(
+                f"`tasks` is {self.tasks}, and `model_name_or_path` {self.model_name_or_path!r}: expected {CIFAR10} "
+                f"by itself, with one of {', '.join(MODELS)}"
+            )
 
     def require_packages(self) -> None:
         """Check that what is to run can run.
@@ -198,11 +210,14 @@ class BenchmarkArguments:
         Yields:
             The runs, baselines behind the runs that they need.
         """
-        methods = [method for method in KNOWN_METHODS if method in self.methods]
+        wanted = [method for method in KNOWN_METHODS if method in self.methods]
         targets: list[float | None] = [*self.target_speedups] or [None]
         for seed, task in product(self.seeds, self.tasks):
-            runs = [Run(task, seed, DENSE)] if DENSE in methods else []
-            runs += [Run(task, seed, method, target) for target in targets for method in methods if method != DENSE]
+            methods = [method for method in wanted if task != CIFAR10 or method not in FOR_TEXTS]
+            runs = [Run(task, seed, method) for method in methods if method in WHOLE]
+            runs += [
+                Run(task, seed, method, target) for target in targets for method in methods if method not in WHOLE
+            ]
             runs = [run for run in runs if run.target_speedup is not None or run.method not in ASK_FOR_TARGET]
             yield from (run for run in runs if results.find(run) is None)
 
@@ -219,8 +234,8 @@ def shrink(cell: Cell, run: Run, results: Results) -> tuple[PreTrainedModel, int
         The model, smaller; the optimizer steps that are left of the budget; and how the posterior was trained, if any.
     """
     model = cell.dense()
-    if run.method == DENSE:
-        return model, 0, {}
+    if run.method in WHOLE:
+        return model, 0 if run.method == DENSE else cell.settings.budget, {}
     if vd_config := (VARIATIONAL | ABLATIONS).get(run.method):
         model, courses = cell.sparsify(model, vd_config, run.target_speedup)
         return model, cell.settings.recover_steps, courses

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score an image classifier that `images.py` or `benchmark.py` saved, pruned or not, on the test images of CIFAR-10.
+"""Score an image classifier that `benchmark.py` saved, pruned or not, on the test images of CIFAR-10.
 
-    python scripts/score_images.py --model_name_or_path M --data_dir DIR --output_dir E
+    python scripts/score_images.py --model_name_or_path M --data_dir DIR --num_examples 10000 --output_dir E
 
 `DIR` holds CIFAR-10 as `train.parquet` and `test.parquet`. Writes `E/eval_results.json`.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from benchmarks.cifar10 import load_images
-from benchmarks.image_models import accuracy
+from benchmarks.cifar10 import NUM_CLASSES, load_images
+from benchmarks.image_models import image_accuracy
 from transformers import AutoModelForImageClassification
 
 import hf_vdneuron
@@ -30,9 +30,7 @@ class ScoreArguments:
     model_name_or_path: str = field(metadata={"help": "A trained classifier: a folder, or a name on the Hub."})
     data_dir: Path = field(metadata={"help": "Folder with the data."})
     output_dir: str = field(metadata={"help": f"Folder for {RESULTS_FILE}."})
-    num_examples: int = field(
-        default=10_000, metadata={"help": "Images that it was trained on, by which all are standardised."}
-    )
+    num_examples: int = field(metadata={"help": "Images that it was trained on, by which all are standardised."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images in a forward."})
     device: str | None = field(default=None, metadata={"help": "Where to compute, such as cpu or cuda:0."})
     trust_remote_code: bool = field(
@@ -54,16 +52,25 @@ def main(argv: list[str]) -> None:
 
     Args:
         argv: Arguments without the program's name.
+
+    Raises:
+        ValueError: If the model is no classifier of such images.
     """
     (args,) = parse_args([ScoreArguments], argv, description=__doc__)
     with output_folder(args.output_dir) as folder:
         device = choose_device(args.device)
+        # What can be wrong with the data is found before the weights are loaded.
+        data = load_images(args.data_dir, args.num_examples, validate=False, device=torch.device("cpu"))
         if args.trust_remote_code:
             model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, trust_remote_code=True)
         else:
             model = hf_vdneuron.from_pretrained(args.model_name_or_path)
-        data = load_images(args.data_dir, args.num_examples, validate=False, device=torch.device("cpu"))
-        share = accuracy(
+        if (model.main_input_name, model.config.num_labels) != ("pixel_values", NUM_CLASSES):
+            raise ValueError(
+                f"`model_name_or_path` reads `{model.main_input_name}` and tells {model.config.num_labels} classes: "
+                f"expected a classifier of images with {NUM_CLASSES}"
+            )
+        share = image_accuracy(
             model.to(device), data.held_out, data.held_out_labels, batch_size=args.per_device_eval_batch_size
         )
         folder.mkdir(parents=True, exist_ok=True)

@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     body = cost_ratio_budget(lambda counts: 1.0, args.target_speedup)
     num_stages = len(stages(body, FREE, now=1.0, least=0.0))
     lines = [[str(phase), seconds.steps[phase], steps[phase]] for phase in Phase]
-    lines.insert(2, ["of it KL and EM", seconds.divergence, steps[Phase.SPARSIFY]])
+    lines += [["KL and EM of sparsify", seconds.divergence, steps[Phase.SPARSIFY]]]
     lines += [["look", seconds.look, num_looks], ["stage in closed form", seconds.stage, num_stages]]
     print_table(
         ["", "takes", "against a dense step", "times in a run"],

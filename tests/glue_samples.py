@@ -88,7 +88,7 @@ def tiny_classifier(num_labels: int, family: str = "bert", label_names: Sequence
 
 
 def evaluate(
-    model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset], *, num_resamples: int = 0
+    model: PreTrainedModel, task: GlueTask, rows: dict[str, Dataset], *, num_resamples: int | None = None
 ) -> dict[str, Any]:
     sizes = {"max_length": MAX_LENGTH, "batch_size": BATCH_SIZE, "num_resamples": num_resamples}
     return evaluate_glue(model, tiny_tokenizer(), task, rows, **sizes)

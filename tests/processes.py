@@ -8,9 +8,9 @@ from typing import NoReturn
 def leave() -> NoReturn:
     """End this process with all its work written, without taking the interpreter down.
 
-    Gloo's threads may still hold tensors of Python by then. One that lets go of them while the interpreter is being
-    taken down aborts the process ("terminate called without an active exception",
-    https://github.com/pytorch/pytorch/pull/179291), now and then, with nothing wrong.
+    Now and then a thread of gloo lets go of a tensor while the interpreter is being taken down, which aborts the
+    process ("terminate called without an active exception"; https://github.com/pytorch/pytorch/pull/179291 describes
+    it). What the process was for is done by then.
     """
     sys.stdout.flush()
     sys.stderr.flush()

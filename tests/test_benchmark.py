@@ -284,8 +284,12 @@ def test_a_dense_checkpoint_is_known_by_all_that_it_depends_on(finished: Finishe
     assert (checkpoint / "config.json").exists()
     settings = cell.Settings("models/a", 100, 16, 2, 3, 2, 1e-4, 5e-5, bf16=False, distillation=True)
     assert settings.dense_name == replace(settings, model="elsewhere/a", recover_steps=5).dense_name
-    others = [{"model": "models/b"}, {"dense_steps": 3}, {"max_train_samples": 50}, {"bf16": True}]
-    assert len({settings.dense_name, *(replace(settings, **other).dense_name for other in others)}) == 5
+    others: dict[str, Any] = {
+        **{"model": "models/b", "dense_steps": 3, "max_train_samples": 50, "bf16": True, "max_length": 8},
+        **{"dense_learning_rate": 1e-3},
+    }
+    names = {replace(settings, **{name: value}).dense_name for name, value in others.items()}
+    assert len({settings.dense_name, *names}) == 1 + len(others)
 
 
 def test_rows_of_other_settings_are_left_alone(tmp_path: Path) -> None:

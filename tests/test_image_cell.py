@@ -7,16 +7,33 @@ from typing import Any
 import benchmark
 import pytest
 import score_images
+import torch
 from benchmarks import image_cell, measurements
+from benchmarks.cell import Settings
 from benchmarks.classifiers import Recipe
 from cifar_samples import write_folder
+from glue_samples import tiny_classifier
+from torch import Tensor
 
 
 NUM_TRAIN, NUM_TEST = 96, 20
 
-METHODS = ["dense", "vd", "vd_closed", "vd_oneshot", "fisher", "taylor", "magnitude", "random", "torch_pruning"]
+METHODS = [name for name in benchmark.METHODS if name not in benchmark.FOR_TEXTS]
 
-TINY = {"resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64)}
+TINY = {
+    "resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
+    "vit": Recipe(
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 24,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        17,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +47,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_cell, "MODELS", TINY)
+    monkeypatch.setattr(benchmark, "MODELS", TINY)
     monkeypatch.setattr(benchmark, "commit", lambda: "abc")
     monkeypatch.setattr(image_cell, "LATENCY_BATCH_SIZES", (1, 2))
     monkeypatch.setattr(measurements.subprocess, "run", lambda command, **_: score_images.main(command[2:]))
@@ -50,18 +68,30 @@ def flags(data_dir: Path, folder: Path, *extra: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in values.items()), "--tasks", "cifar10", "--seeds", "0", *extra]
 
 
-def test_every_method_shrinks_a_convolutional_net(
-    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("model", TINY)
+def test_every_method_shrinks_a_model_of_images(
+    model: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark.main(flags(data_dir, tmp_path, "--target_speedups", "2", "--methods", *METHODS))
+    is_augmented = {True: 0, False: 0}
+
+    def watch(rows: list[tuple[Tensor, Tensor]], **how: bool) -> dict[str, Tensor]:
+        is_augmented[how["is_augmented"]] += 1
+        return collate(rows, **how)
+
+    collate = image_cell.collate
+    monkeypatch.setattr(image_cell, "collate", watch)
+    benchmark.main(flags(data_dir, tmp_path, "--target_speedups", "2", f"--model_name_or_path={model}"))
+    assert is_augmented[True] > 0
     rows: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert sorted(row["method"] for row in rows) == sorted(METHODS)
     for row in rows:
-        assert 0 <= row["score"] <= 1
         assert row["score_through"] == dict.fromkeys(("hf_vdneuron", "trust_remote_code"), row["score"])
-        assert [(timing["batch_size"], timing["length"]) for timing in row["latency"]] == [(1, 64), (2, 64)]
-        assert row["settings"]["model"] == "resnet"
-        assert row["speedup"] >= 2 or row["method"] == "dense"
+        assert [(timing["batch_size"], timing["length"]) for timing in row["latency"]] == [
+            (1, TINY[model].positions),
+            (2, TINY[model].positions),
+        ]
+        assert row["settings"]["model"] == model
+        assert row["speedup"] >= 2 or row["method"] in benchmark.WHOLE
     assert "| cifar10 | 2x | vd_closed | 1 |" in capsys.readouterr().out
 
 
@@ -83,8 +113,9 @@ def test_a_saved_classifier_is_scored(data_dir: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param(["--model_name_or_path", "alexnet"], "`model_name_or_path` is 'alexnet': expected", id="model"),
-        pytest.param(["--max_train_samples", "1000"], "`num_examples` is 1000: expected 1 to 96", id="images"),
+        pytest.param(["--model_name_or_path=alexnet"], "`model_name_or_path` 'alexnet': expected cifar10", id="model"),
+        pytest.param(["--tasks", "cifar10", "sst2"], "expected cifar10 by itself, with one of resnet", id="tasks"),
+        pytest.param(["--max_train_samples", "0"], "`num_examples` is 0: expected 1 to 96", id="images"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -101,3 +132,26 @@ def test_images_do_not_come_from_the_hub(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match="2"):
         benchmark.main([*given, "--methods", "dense"])
     assert "cifar10 needs `dataset_dir`" in capsys.readouterr().err
+
+
+def test_curvature_sees_images_as_they_are(data_dir: Path, tmp_path: Path) -> None:
+    settings = Settings("resnet", NUM_TRAIN, 128, 2, 3, 2, 1e-3, 1e-3, bf16=False, distillation=True)
+    cell = image_cell.ImageCell(settings, "cifar10", 0, dataset_dir=str(data_dir), work_dir=tmp_path, use_cpu=True)
+    seen = torch.cat([batch["pixel_values"] for batch in cell.batches(cell.build())])
+    assert torch.equal(seen, cell.images.train)
+
+
+def test_only_classifiers_of_these_images_are_scored(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_classifier(2).save_pretrained(tmp_path / "texts")
+    given = [f"--model_name_or_path={tmp_path / 'texts'}", f"--data_dir={data_dir / 'cifar10'}", "--num_examples=96"]
+    with pytest.raises(SystemExit, match="2"):
+        score_images.main([*given, f"--output_dir={tmp_path / 'out'}", "--device=cpu"])
+    assert "reads `input_ids` and tells 2 classes: expected a classifier of images with 10" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_more_images_are_trained_on_than_there_are(data_dir: Path, tmp_path: Path) -> None:
+    benchmark.main(flags(data_dir, tmp_path, "--methods", "dense", "--max_train_samples", "1000"))
+    assert (tmp_path / "work" / "cifar10-0" / "eval" / "eval_results.json").exists()

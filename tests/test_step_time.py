@@ -25,7 +25,7 @@ def test_a_run_is_priced_by_its_phases(monkeypatch: pytest.MonkeyPatch, capsys: 
     step_time.main(["--model_name_or_path=M", "--finetune_steps=100", "--sparsify_steps=50", "--recover_steps=20"])
     out = capsys.readouterr().out
     assert ["sparsify", "1.200", "s", "2.40", "50"] in [line.split() for line in out.splitlines()]
-    assert ["EM", "0.060", "s", "0.12", "50"] in [line.split()[-5:] for line in out.splitlines()]
+    assert ["sparsify", "0.060", "s", "0.12", "50"] in [line.split()[-5:] for line in out.splitlines()]
     assert "KL and EM are 5.0 % of a step of sparsification." in out  # 0.06 / 1.2
     assert ["look", "0.100", "s", "0.20", "51"] in [line.split() for line in out.splitlines()]
     assert ["form", "3.000", "s", "6.00", "2"] in [line.split()[-5:] for line in out.splitlines()]
@@ -66,12 +66,16 @@ def test_each_phase_is_timed_on_the_same_rows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_kl_and_em_are_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that ticks once per forward and three times per EM step with something to move."""
+    """By a clock on which a KL takes a second, and a step of EM three, or one where it has nothing to move."""
     trainer = make_trainer(tmp_path, **PRUNING)
     trainer.train()
     now = [0.0]
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
-    em_step_ = step_time.em_step_
+    em_step_, kl_divergence = step_time.em_step_, step_time.kl_divergence
+
+    def tick_once(model: nn.Module) -> torch.Tensor:
+        now[0] += 1.0
+        return kl_divergence(model)
 
     def tick(model: nn.Module) -> None:
         layers = variational_layers(model).values()
@@ -79,8 +83,9 @@ def test_kl_and_em_are_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         em_step_(model)
 
     monkeypatch.setattr(step_time, "em_step_", tick)
+    monkeypatch.setattr(step_time, "kl_divergence", tick_once)
     batch = {name: torch.stack([row[name] for row in rows()[:4]]) for name in rows()[0]}
-    assert step_time.time_divergence(trainer, batch) == [2.0] * step_time.DIVERGENCE_PAIRS
+    assert step_time.time_divergence(trainer, batch) == [3.0] * step_time.DIVERGENCE_PAIRS
 
 
 def test_a_turn_needs_a_timed_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,8 @@ def torch_pruning(model: nn.Module, batches: Batches, generator: torch.Generator
         made = sublayer.sides[0].slices[0]
         layer = dense_layer(model, made.module)
         num_features = layer.weight.shape[feature_axis(layer, made.axis)]
-        group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=[*range(num_features)])
+        pruner = graph.get_pruner_of_module(layer)  # a convolution's group has its norm and what reads it
+        group = graph.get_pruning_group(layer, pruner.prune_out_channels, idxs=[*range(num_features)])
         scores[sublayer.path] = importance(group).cpu()[made.features(torch.arange(sublayer.num_units))].mean(1)
     model.zero_grad()
     return scores

@@ -2,6 +2,7 @@
 """One task and one seed: what all methods share, from the dense checkpoint to the trainer."""
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +82,11 @@ class Settings:
 
     @property
     def dense_name(self) -> str:
-        """Name of the dense checkpoint: another one for all that it depends on."""
+        """Name of the dense checkpoint, another one for other settings.
+
+        Neither the data nor what lies in a model's folder is part of it: a folder of work is for one copy of the data,
+        and for models of different names.
+        """
         model = Path(self.model).name  # wherever it lies
         values = [model, self.max_train_samples, self.max_length, self.dense_learning_rate, self.bf16]
         digest = sha256(json.dumps(values).encode()).hexdigest()[:NUM_DIGITS]
@@ -209,7 +214,10 @@ class Cell(ABC):
             set_seed(self.seed)
             model = self.build()
             self.train(model, Phase.FINETUNE, self.settings.dense_steps).prune()
-            self.save(model, name)
+            # Whole or not at all, as it is not made again.
+            draft = self.save(model, f"{name}.draft")
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            draft.rename(self.folder / name)
         return self.load(name)
 
     def teacher(self) -> PreTrainedModel | None:

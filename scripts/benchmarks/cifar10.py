@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-__all__ = ["NUM_CLASSES", "NUM_COLOURS", "Images", "augment", "load_images", "read_images"]
+__all__ = ["NUM_CLASSES", "NUM_COLOURS", "Images", "augment", "count_images", "load_images", "read_images"]
 
 NUM_COLOURS, NUM_CLASSES = 3, 10
 #: Columns of a file.
@@ -54,6 +54,21 @@ def _open(path: Path) -> parquet.ParquetFile:
     return file
 
 
+def count_images(path: Path) -> int:
+    """Count the images of a file.
+
+    Args:
+        path: Parquet file with the columns `img` and `label`.
+
+    Returns:
+        Their number.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    return int(_open(path).metadata.num_rows)
+
+
 def read_images(path: Path, rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     """Decode images.
 
@@ -90,7 +105,7 @@ def load_images(data_dir: Path, num_examples: int, *, validate: bool, device: to
         ValueError: If there are not so many training images, or a file holds none.
     """
     train_file = data_dir / "train.parquet"
-    num_rows = _open(train_file).metadata.num_rows
+    num_rows = count_images(train_file)
     reserved = NUM_VALIDATION_IMAGES if validate else 0
     if not 0 < num_examples <= num_rows - reserved:
         raise ValueError(f"`num_examples` is {num_examples}: expected 1 to {num_rows - reserved}")

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from benchmarks.cell import EVAL_BATCH_SIZE, SCORING_ROWS, TRAIN_BATCH_SIZE, Cell
-from benchmarks.cifar10 import NUM_CLASSES, Images, load_images
+from benchmarks.cifar10 import NUM_CLASSES, Images, count_images, load_images
 from benchmarks.classifiers import Recipe, build_model
-from benchmarks.image_models import MODELS, accuracy, collate, pair
+from benchmarks.image_models import MODELS, collate, image_accuracy, pair
 
 
 __all__ = ["CIFAR10", "ImageCell"]
@@ -25,7 +25,11 @@ LATENCY_BATCH_SIZES = (1, 32)
 
 
 class ImageCell(Cell):
-    """CIFAR-10 with one seed. Arguments are those of `Cell`; the model is a name in `MODELS`."""
+    """CIFAR-10 with one seed. Arguments are those of `Cell`; the model is a name in `MODELS`.
+
+    Seeds differ in where the model starts, in the order of the images and in how they are shifted; the images that are
+    trained on are the same ones.
+    """
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -50,12 +54,9 @@ class ImageCell(Cell):
         """
         if self.dataset_dir is None:
             raise ValueError(f"{CIFAR10} needs `dataset_dir`, a folder with {CIFAR10}/train.parquet and test.parquet")
-        return load_images(
-            Path(self.dataset_dir) / CIFAR10,
-            self.settings.max_train_samples,
-            validate=False,
-            device=torch.device("cpu"),
-        )
+        folder = Path(self.dataset_dir) / CIFAR10
+        num_examples = min(self.settings.max_train_samples, count_images(folder / "train.parquet"))
+        return load_images(folder, num_examples, validate=False, device=torch.device("cpu"))
 
     @property
     def length(self) -> int:
@@ -117,7 +118,7 @@ class ImageCell(Cell):
         Returns:
             `score` and `accuracy`, the same.
         """
-        share = accuracy(model, self.images.held_out, self.images.held_out_labels, batch_size=EVAL_BATCH_SIZE)
+        share = image_accuracy(model, self.images.held_out, self.images.held_out_labels, batch_size=EVAL_BATCH_SIZE)
         return {"score": share, "accuracy": share}
 
     def score_command(self, folder: Path, output_dir: Path) -> list[str]:
@@ -132,9 +133,9 @@ class ImageCell(Cell):
         """
         values = {
             "model_name_or_path": folder,
-            "data_dir": Path(self.dataset_dir or "") / CIFAR10,
+            "data_dir": Path(str(self.dataset_dir)) / CIFAR10,
             "output_dir": output_dir,
-            "num_examples": self.settings.max_train_samples,
+            "num_examples": len(self.images.train),
             "per_device_eval_batch_size": EVAL_BATCH_SIZE,
             "device": self.device,
         }

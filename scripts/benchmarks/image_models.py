@@ -8,7 +8,7 @@ from benchmarks.cifar10 import augment
 from benchmarks.classifiers import Recipe
 
 
-__all__ = ["MODELS", "accuracy", "collate", "pair"]
+__all__ = ["MODELS", "collate", "image_accuracy", "pair"]
 
 #: Type of a model -> how it is built for images of 32 x 32 pixels.
 MODELS = {
@@ -58,7 +58,7 @@ def collate(rows: list[tuple[Tensor, Tensor]], *, is_augmented: bool) -> dict[st
 
 
 @no_grad()
-def accuracy(model: PreTrainedModel, images: Tensor, labels: Tensor, *, batch_size: int) -> float:
+def image_accuracy(model: PreTrainedModel, images: Tensor, labels: Tensor, *, batch_size: int) -> float:
     """Score a classifier.
 
     Args:

@@ -49,10 +49,13 @@ PANELS = {
 
 SCORES = Panel(
     "Score against speed",
-    "Mean and standard error over seeds on the validation set, in percent; dashed: the dense model. Speed-ups are "
+    "Mean and standard error over seeds, in percent; dashed: the dense model. Speed-ups are "
     "measured on the largest batch.",
 )
 SCORES_HEIGHT = 3.0
+
+#: Whose courses are drawn.
+STEERED = "vd"
 
 #: Ours stand out.
 OUR_COLOURS = {"vd": "first", "vd_group": "second", "vd_closed": "third"}
@@ -61,6 +64,10 @@ OUR_COLOURS = {"vd": "first", "vd_group": "second", "vd_closed": "third"}
 MARKERS = {
     "vd_weight": ".",
     "vd_oneshot": "2",
+    "vd_rows": "<",
+    "vd_coupled": ">",
+    "vd_query_key": "p",
+    "vd_no_scale": "h",
     "magnitude": "s",
     "taylor": "^",
     "fisher": "v",
@@ -83,7 +90,8 @@ def draw_courses(rows: list[Row], folder: Path) -> None:
     Raises:
         ValueError: If a task has more targets than there are colours.
     """
-    steered = [row for row in rows if row["target_speedup"] is not None and row.get("courses")]
+    steered = [row for row in rows if (row["method"], bool(row.get("courses"))) == (STEERED, True)]
+    steered = [row for row in steered if row["target_speedup"] is not None]
     for task in sorted({row["task"] for row in steered}):
         runs = [row for row in steered if row["task"] == task]
         targets = sorted({row["target_speedup"] for row in runs})
