@@ -80,9 +80,6 @@ DENSE_STEPS = 400
 #: The same for tasks that take longer to learn: after 400 steps on CoLA, MiniLM has a Matthews correlation of 18. On
 #: CIFAR-10 models start at random.
 MORE_DENSE_STEPS = {"cola": 1500, CIFAR10: 4000}
-#: A task that takes longer to learn takes longer to recover: by default our sparsification takes as many steps as the
-#: dense checkpoint, and our recovery this share of them.
-RECOVER_SHARE = 0.4
 #: In the order in which they run: without a target, scorers need the counts of ours.
 METHODS = (*WHOLE, *VARIATIONAL, *SCORERS, *MASK_SEARCHES, *ASK_FOR_TARGET)
 KNOWN_METHODS = (*METHODS, *ABLATIONS)
@@ -131,17 +128,8 @@ class BenchmarkArguments:
             f"{', '.join(f'{steps} for {task}' for task, steps in MORE_DENSE_STEPS.items())}."
         },
     )
-    sparsify_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps of our sparsification; by default as many as those of the dense checkpoint."},
-    )
-    recover_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Steps of our recovery, {RECOVER_SHARE:.0%} of those of the dense checkpoint by default; others "
-            "recover for both."
-        },
-    )
+    sparsify_steps: int = field(default=400, metadata={"help": "Steps of our sparsification."})
+    recover_steps: int = field(default=160, metadata={"help": "Steps of our recovery; others recover for both."})
     dense_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the dense checkpoint."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of everything after it."})
     distillation: bool = field(
@@ -192,13 +180,8 @@ class BenchmarkArguments:
             The settings.
         """
         given = {known.name: getattr(self, known.name) for known in fields(Settings) if known.name != "model"}
-        dense_steps = self.dense_steps or MORE_DENSE_STEPS.get(task, DENSE_STEPS)
-        by_default = {
-            "dense_steps": dense_steps,
-            "sparsify_steps": dense_steps,
-            "recover_steps": round(RECOVER_SHARE * dense_steps),
-        }
-        given |= {name: steps for name, steps in by_default.items() if given[name] is None}
+        if self.dense_steps is None:
+            given["dense_steps"] = MORE_DENSE_STEPS.get(task, DENSE_STEPS)
         return Settings(model=self.model_name_or_path, **given)
 
     def missing(self, results: Results) -> Iterator[Run]:

@@ -115,12 +115,7 @@ def test_finished_runs_are_skipped(samples: Path, finished: Finished, capsys: py
 @pytest.mark.parametrize(("given", "expected"), [(None, [400, 1500]), (7, [7, 7])], ids=["by default", "as asked"])
 def test_some_tasks_take_longer_to_learn(given: int | None, expected: list[int]) -> None:
     args = benchmark.BenchmarkArguments("model", dense_steps=given)
-    settings = [args.settings(task) for task in ("sst2", "cola")]
-    assert [of_task.dense_steps for of_task in settings] == expected
-    # So does what comes behind the dense checkpoint, unless it is said.
-    assert [of_task.budget for of_task in settings] == [round(1.4 * steps) for steps in expected]
-    args = benchmark.BenchmarkArguments("model", dense_steps=given, sparsify_steps=5, recover_steps=3)
-    assert [args.settings(task).budget for task in ("sst2", "cola")] == [8, 8]
+    assert [args.settings(task).dense_steps for task in ("sst2", "cola")] == expected
 
 
 def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
