@@ -1,6 +1,7 @@
 """Images in `scripts/benchmark.py`: the same methods and doors, on a few synthetic images."""
 
 import json
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,20 @@ def test_only_classifiers_of_these_images_are_scored(
 def test_no_more_images_are_trained_on_than_there_are(data_dir: Path, tmp_path: Path) -> None:
     benchmark.main(flags(data_dir, tmp_path, "--methods", "dense", "--max_train_samples", "1000"))
     assert (tmp_path / "work" / "cifar10-0" / "eval" / "eval_results.json").exists()
+
+
+def test_torch_pruning_scores_a_convolution_by_its_whole_group(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importance = pytest.importorskip("torch_pruning").importance.GroupTaylorImportance
+    members: list[int] = []
+    score = importance.__call__
+
+    def watch(self: object, group: Sized) -> Tensor:
+        members.append(len(group))
+        return score(self, group)
+
+    monkeypatch.setattr(importance, "__call__", watch)
+    benchmark.main(flags(data_dir, tmp_path, "--target_speedups", "2", "--methods", "torch_pruning"))
+    assert members
+    assert min(members) >= len(["convolution", "norm", "reader"])
