@@ -26,7 +26,7 @@ from hf_vdneuron.glue import LABEL_COLUMN, GlueMetric, GlueTask
 from hf_vdneuron.labels import class_order
 
 
-__all__ = ["encode", "evaluate_glue", "make_compute_metrics"]
+__all__ = ["encode", "evaluate_glue", "make_compute_metrics", "require_resamples"]
 
 #: Seed of the resampled validation sets, and the fewest that have a spread.
 RESAMPLING_SEED, LEAST_RESAMPLES = 0, 2
@@ -96,6 +96,19 @@ def make_compute_metrics(task: GlueTask, config: PreTrainedConfig) -> Callable[[
     return compute_metrics
 
 
+def require_resamples(num_resamples: int | None) -> None:
+    """Check how many resampled validation sets are asked for.
+
+    Args:
+        num_resamples: Their number; None asks for none.
+
+    Raises:
+        ValueError: If they are so few that they have no spread.
+    """
+    if num_resamples is not None and num_resamples < LEAST_RESAMPLES:
+        raise ValueError(f"`num_resamples` is {num_resamples}, expected at least {LEAST_RESAMPLES}")
+
+
 def evaluate_glue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,8 +139,7 @@ def evaluate_glue(
     Raises:
         ValueError: If `num_resamples` is below 2.
     """
-    if num_resamples is not None and num_resamples < LEAST_RESAMPLES:
-        raise ValueError(f"`num_resamples` is {num_resamples}, expected at least {LEAST_RESAMPLES}")
+    require_resamples(num_resamples)
     compute_metrics = make_compute_metrics(task, model.config)
     outputs = {}
     for split in task.validation_splits:

@@ -41,7 +41,7 @@ from benchmarks.text_cell import TextCell
 from transformers import PreTrainedModel, set_seed
 
 from hf_vdneuron.budget import Costs, body_cost, cost_ratio, units_left
-from hf_vdneuron.cli import one_line_errors, parse_args, print_table
+from hf_vdneuron.cli import check_counts, one_line_errors, parse_args, print_table
 from hf_vdneuron.config import Grouping, PriorType, VDConfig
 from hf_vdneuron.masks import RelevanceMask
 from hf_vdneuron.one_shot import sparsify
@@ -145,13 +145,18 @@ class BenchmarkArguments:
         """Check the methods, and that the model suits the tasks.
 
         Raises:
-            ValueError: If a method is unknown, all of them lack the target that they need, or a model of images is to
-                read texts.
+            ValueError: If a count is below 1, a method is unknown, all of them lack the target that they need, or a
+                model of images is to read texts.
         """
         if unknown := sorted(set(self.methods) - set(KNOWN_METHODS)):
             raise ValueError(f"`methods` holds {unknown}: expected some of {', '.join(KNOWN_METHODS)}")
         if not self.target_speedups and set(self.methods) <= set(ASK_FOR_TARGET):
             raise ValueError(f"`methods` holds {self.methods}, which need a target: set `target_speedups` too")
+        check_counts(self, "dense_steps", "max_train_samples", "max_length")
+        if CIFAR10 in self.tasks and set(self.methods) <= set(FOR_TEXTS):
+            raise ValueError(
+                f"`methods` holds {self.methods}, which know text models alone: name others for {CIFAR10}"
+            )
         if CIFAR10 in self.tasks and (len(self.tasks) > 1 or self.model_name_or_path not in MODELS):
             raise ValueError(
                 f"`tasks` is {self.tasks}, and `model_name_or_path` {self.model_name_or_path!r}: expected {CIFAR10} "

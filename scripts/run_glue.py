@@ -24,7 +24,7 @@ from hf_vdneuron.cli import (
     print_table,
     write_json,
 )
-from hf_vdneuron.evaluation import evaluate_glue
+from hf_vdneuron.evaluation import evaluate_glue, require_resamples
 from hf_vdneuron.glue import GLUE_TASKS, GlueTask, find_tasks, glue_task, load_glue, take
 from hf_vdneuron.labels import fitting_tasks
 from hf_vdneuron.loading import load_classifier, read_classifier_config
@@ -90,8 +90,10 @@ class EvaluationArguments:
         """Check the counts.
 
         Raises:
-            ValueError: If one is below 1.
+            ValueError: If one is too low.
         """
+        # What can be wrong is found before the weights are loaded.
+        require_resamples(self.num_resamples)
         check_counts(self, "max_length", "max_eval_samples", "per_device_eval_batch_size")
 
 

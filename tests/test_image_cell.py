@@ -69,6 +69,13 @@ def flags(data_dir: Path, folder: Path, *extra: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in values.items()), "--tasks", "cifar10", "--seeds", "0", *extra]
 
 
+def test_without_a_target_baselines_keep_as_many_channels(data_dir: Path, tmp_path: Path) -> None:
+    benchmark.main(flags(data_dir, tmp_path, "--methods", "vd", "magnitude", "random"))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["vd", "magnitude", "random"]
+    assert len({row["neurons"] for row in rows}) == 1
+
+
 @pytest.mark.parametrize("model", TINY)
 def test_every_method_shrinks_a_model_of_images(
     model: str, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -116,7 +123,8 @@ def test_a_saved_classifier_is_scored(data_dir: Path, tmp_path: Path, capsys: py
     [
         pytest.param(["--model_name_or_path=alexnet"], "`model_name_or_path` 'alexnet': expected cifar10", id="model"),
         pytest.param(["--tasks", "cifar10", "sst2"], "expected cifar10 by itself, with one of resnet", id="tasks"),
-        pytest.param(["--max_train_samples", "0"], "`num_examples` is 0: expected 1 to 96", id="images"),
+        pytest.param(["--max_train_samples", "0"], "`max_train_samples` is 0, expected at least 1", id="images"),
+        pytest.param(["--methods", "fisher_oneshot"], "which know text models alone", id="method"),
     ],
 )
 def test_what_is_wrong_is_named(

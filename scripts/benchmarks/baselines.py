@@ -224,6 +224,8 @@ def keep_best(model: nn.Module, scores: Scores, counts: Mapping[Unit, int]) -> R
     keep: dict[str, Tensor] = {}
     for unit, count in counts.items():
         parts = [part for part in sublayers if part.unit is unit]
+        if not parts:  # convolutional nets have no heads
+            continue
         everywhere = torch.cat([scores[part.path] for part in parts])
         kept = torch.zeros_like(everywhere, dtype=torch.bool).index_fill_(0, everywhere.topk(count).indices, True)
         by_part = zip(parts, kept.split([part.num_units for part in parts]), strict=True)

@@ -81,7 +81,9 @@ MARKERS = {
 
 
 def draw_courses(rows: list[Row], folder: Path) -> None:
-    """Draw how posteriors were steered, a file per task and curve that all runs have. A line is a seed.
+    """Draw how posteriors with the default prior were steered, a file per task and curve that all runs have.
+
+    A line is a seed.
 
     Args:
         rows: Finished runs.
@@ -90,8 +92,8 @@ def draw_courses(rows: list[Row], folder: Path) -> None:
     Raises:
         ValueError: If a task has more targets than there are colours.
     """
-    steered = [row for row in rows if (row["method"], bool(row.get("courses"))) == (STEERED, True)]
-    steered = [row for row in steered if row["target_speedup"] is not None]
+    steered = [row for row in rows if row["method"] == STEERED and row["target_speedup"] is not None]
+    steered = [row for row in steered if row.get("courses")]
     for task in sorted({row["task"] for row in steered}):
         runs = [row for row in steered if row["task"] == task]
         targets = sorted({row["target_speedup"] for row in runs})
