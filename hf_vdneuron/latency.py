@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-__all__ = ["device_name", "measure_latency", "text_inputs"]
+__all__ = ["device_name", "measure_latency", "read_clock", "text_inputs"]
 
 #: Forwards of each model before the clock starts: caches fill, kernels are chosen.
 WARMUP_ROUNDS = 2
@@ -67,14 +67,22 @@ def measure_latency(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(WARMUP_ROUNDS + rounds):
         for name, model in models.items():
-            started = _now(device)
+            started = read_clock(device)
             model.eval()(**inputs)
             if turn >= WARMUP_ROUNDS:
-                seconds[name].append(_now(device) - started)
+                seconds[name].append(read_clock(device) - started)
     return {name: median(values) for name, values in seconds.items()}
 
 
-def _now(device: torch.device) -> float:
+def read_clock(device: torch.device) -> float:
+    """Read a clock when all that was asked of a device is done.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Seconds, to be set against those of another reading.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

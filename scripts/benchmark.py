@@ -28,7 +28,7 @@ from statistics import fmean
 
 import torch
 from benchmarks.baselines import RANKINGS, SCORERS, TORCH_PRUNING, Scores, keep_affordable, keep_best
-from benchmarks.cell import DENSE, Cell, Courses, Settings
+from benchmarks.cell import DENSE, Cell, Courses, Settings, cell_folder
 from benchmarks.gates import fold_gates_
 from benchmarks.image_cell import CIFAR10, ImageCell
 from benchmarks.image_models import MODELS
@@ -362,7 +362,7 @@ def work(args: BenchmarkArguments, results: Results) -> None:
     """
     work_dir = Path(args.work_dir)
     for task, seed in dict.fromkeys((run.task, run.seed) for run in args.missing(results)):
-        with claim(work_dir / f"{task}-{seed}.lock") as granted:
+        with claim(cell_folder(work_dir, args.model_name_or_path, task, seed).with_suffix(".lock")) as granted:
             if not granted:
                 continue
             cell_type = ImageCell if task == CIFAR10 else TextCell

@@ -8,7 +8,6 @@ the ratios are what it is for.
 """
 
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +20,14 @@ from benchmarks.baselines import keep_affordable
 from benchmarks.cell import TRAIN_BATCH_SIZE, Settings
 from benchmarks.text_cell import TextCell
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_vdneuron.architectures import find_sublayers
 from hf_vdneuron.budget import Costs
 from hf_vdneuron.cli import one_line_errors, parse_args, print_table
 from hf_vdneuron.elbo import em_step_, kl_divergence, set_variational_
 from hf_vdneuron.fitting_trainer import NUM_EXAMPLES
+from hf_vdneuron.latency import read_clock
 from hf_vdneuron.masks import RelevanceMask, mask_model_
 from hf_vdneuron.patching import patch_model_
 from hf_vdneuron.relevance import expected_units
@@ -85,21 +85,25 @@ class StepClock(TrainerCallback):
         self.seconds: list[float] = []
         self._started = 0.0
 
-    def on_step_begin(self, *_: Any, **run: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, *_: Any, **run: Any) -> None:
         """Start the clock.
 
         Args:
+            args: Arguments of the run, which know its device.
+            *_: Not used.
             **run: Not used.
         """
-        self._started = time.perf_counter()
+        self._started = read_clock(args.device)
 
-    def on_step_end(self, *_: Any, **run: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, *_: Any, **run: Any) -> None:
         """Stop the clock.
 
         Args:
+            args: Arguments of the run, which know its device.
+            *_: Not used.
             **run: Not used.
         """
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(read_clock(args.device) - self._started)
 
 
 @dataclass(frozen=True)
@@ -152,14 +156,14 @@ def time_divergence(trainer: VDTrainer, batch: Mapping[str, Tensor]) -> list[flo
         took = []
         for collect_kl in (False, True):
             set_variational_(model, noise=True, collect_kl=collect_kl)
-            started = time.perf_counter()
+            started = read_clock(trainer.args.device)
             with trainer.accelerator.autocast():
                 loss = model(**batch).loss
             if collect_kl:
                 loss = loss + kl_divergence(model)  # a weight would cost nothing
             loss.backward()
             em_step_(model)
-            took.append(time.perf_counter() - started)
+            took.append(read_clock(trainer.args.device) - started)
         extra.append(took[1] - took[0])
     return extra[1:]
 
@@ -208,16 +212,16 @@ def time_phases(args: StepTimeArguments, work_dir: Path) -> Seconds:
             )
             seconds[phase] += clock.seconds[WARMUP_STEPS:]
             if phase is Phase.SPARSIFY:
-                started = time.perf_counter()
+                started = read_clock(cell.device)
                 expected_units(trainer.model)
-                looks.append(time.perf_counter() - started)
+                looks.append(read_clock(cell.device) - started)
                 divergences += time_divergence(trainer, batch)
             if phase is Phase.FINETUNE:  # whose model is whole, as it is in the first stage
-                started = time.perf_counter()
+                started = read_clock(cell.device)
                 trainer.closed_form_evidence()
                 mask_model_(trainer.model, mask)
                 trainer.make_up_for_(dense_copy(teacher))
-                stages_taken.append(time.perf_counter() - started)
+                stages_taken.append(read_clock(cell.device) - started)
     medians = {phase: median(values) for phase, values in seconds.items()}
     return Seconds(medians, median(divergences), median(looks), median(stages_taken))
 

@@ -19,7 +19,7 @@ from benchmarks.results import Results, Run, latency_table, lead_table, score_ta
 from glue_samples import tiny_classifier, write_sst2
 from models import HEAD_SIZE, HEADS, tiny_model
 from torch import nn
-from transformers import AutoModel, BertConfig
+from transformers import AutoModel, BertConfig, PreTrainedModel
 
 from hf_vdneuron import trainer
 from hf_vdneuron.architectures import find_sublayers
@@ -96,7 +96,7 @@ def test_one_shot_trains_nothing(samples: Path, finished: Finished) -> None:
     by_method = {row["method"]: row for row in rows}
     assert by_method[ONE_SHOT]["score"] == by_method[ONE_SHOT]["score_after_cut"]
     dense, tuned, recovered = (
-        from_pretrained(folder / "work" / "sst2-0" / name) for name in ("dense", ONE_SHOT, "fisher")
+        from_pretrained(folder / "work" / "model" / "sst2-0" / name) for name in ("dense", ONE_SHOT, "fisher")
     )
     word_embeddings = [model.get_input_embeddings().weight for model in (dense, tuned, recovered)]
     assert torch.equal(word_embeddings[0], word_embeddings[1])
@@ -126,7 +126,7 @@ def test_other_settings_are_other_runs(samples: Path, finished: Finished, capsys
 
 
 def test_a_claimed_cell_is_left_to_its_process(samples: Path, tmp_path: Path) -> None:
-    with benchmark.claim(tmp_path / "work" / "sst2-0.lock") as granted:
+    with benchmark.claim(tmp_path / "work" / "model" / "sst2-0.lock") as granted:
         assert granted
         benchmark.main(flags(samples, tmp_path))
     assert not (tmp_path / "results.jsonl").exists()
@@ -275,12 +275,12 @@ def test_a_missing_package_is_named_before_anything_runs(monkeypatch: pytest.Mon
 
 def test_a_dense_checkpoint_is_known_by_all_that_it_depends_on(finished: Finished) -> None:
     folder, _ = finished
-    (checkpoint,) = (folder / "work" / "sst2-0").glob("dense-*")
+    (checkpoint,) = (folder / "work" / "model" / "sst2-0").glob("dense-*")
     assert (checkpoint / "config.json").exists()
     settings = cell.Settings("models/a", 100, 16, 2, 3, 2, 1e-4, 5e-5, bf16=False, distillation=True)
-    assert settings.dense_name == replace(settings, model="elsewhere/a", recover_steps=5).dense_name
+    assert settings.dense_name == replace(settings, recover_steps=5).dense_name
     others: dict[str, Any] = {
-        **{"model": "models/b", "dense_steps": 3, "max_train_samples": 50, "bf16": True, "max_length": 8},
+        **{"dense_steps": 3, "max_train_samples": 50, "bf16": True, "max_length": 8},
         **{"dense_learning_rate": 1e-3},
     }
     names = {replace(settings, **{name: value}).dense_name for name, value in others.items()}
@@ -392,3 +392,23 @@ def test_a_picture_holds_as_many_targets_as_colours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected at most 3 targets"):
         draw_courses(rows, tmp_path / "four")
     assert not (tmp_path / "four").exists()
+
+
+def test_a_dense_checkpoint_is_saved_whole_or_not_at_all(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = cell.Settings(str(samples / "model"), 24, 16, 2, 3, 2, 1e-4, 5e-5, bf16=False, distillation=True)
+    data = str(samples / "data")
+    one = text_cell.TextCell(settings, "sst2", 0, dataset_dir=data, work_dir=tmp_path, use_cpu=True)
+
+    def break_off(model: PreTrainedModel, folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(PreTrainedModel, "save_pretrained", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            one.dense()
+    assert not (one.folder / settings.dense_name).exists()
+    one.dense()
+    assert (one.folder / settings.dense_name / "model.safetensors").exists()

@@ -106,7 +106,7 @@ def test_every_method_shrinks_a_model_of_images(
 def test_a_saved_classifier_is_scored(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(flags(data_dir, tmp_path, "--methods", "dense"))
     values = {
-        "model_name_or_path": tmp_path / "work" / "cifar10-0" / "dense",
+        "model_name_or_path": tmp_path / "work" / "resnet" / "cifar10-0" / "dense",
         "data_dir": data_dir / "cifar10",
         "output_dir": tmp_path / "scores",
         "num_examples": NUM_TRAIN,
@@ -163,7 +163,7 @@ def test_only_classifiers_of_these_images_are_scored(
 
 def test_no_more_images_are_trained_on_than_there_are(data_dir: Path, tmp_path: Path) -> None:
     benchmark.main(flags(data_dir, tmp_path, "--methods", "dense", "--max_train_samples", "1000"))
-    assert (tmp_path / "work" / "cifar10-0" / "eval" / "eval_results.json").exists()
+    assert (tmp_path / "work" / "resnet" / "cifar10-0" / "eval" / "eval_results.json").exists()
 
 
 def test_torch_pruning_scores_a_convolution_by_its_whole_group(

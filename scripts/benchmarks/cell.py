@@ -26,7 +26,16 @@ from hf_vdneuron.trainer import VDTrainer
 from hf_vdneuron.training_args import VDTrainingArguments
 
 
-__all__ = ["DENSE", "EVAL_BATCH_SIZE", "SCORING_ROWS", "TRAIN_BATCH_SIZE", "Cell", "Courses", "Settings"]
+__all__ = [
+    "DENSE",
+    "EVAL_BATCH_SIZE",
+    "SCORING_ROWS",
+    "TRAIN_BATCH_SIZE",
+    "Cell",
+    "Courses",
+    "Settings",
+    "cell_folder",
+]
 
 #: Name of the method that leaves the dense checkpoint alone.
 DENSE = "dense"
@@ -84,13 +93,27 @@ class Settings:
     def dense_name(self) -> str:
         """Name of the dense checkpoint, another one for other settings.
 
-        Neither the data nor what lies in a model's folder is part of it: a folder of work is for one copy of the data,
-        and for models of different names.
+        Neither the data nor the model is part of it: it lies in the folder of a cell, and a folder of work is for one
+        copy of the data and for models of different names.
         """
-        model = Path(self.model).name  # wherever it lies
-        values = [model, self.max_train_samples, self.max_length, self.dense_learning_rate, self.bf16]
+        values = [self.max_train_samples, self.max_length, self.dense_learning_rate, self.bf16]
         digest = sha256(json.dumps(values).encode()).hexdigest()[:NUM_DIGITS]
         return f"{DENSE}-{self.dense_steps}-steps-{digest}"
+
+
+def cell_folder(work_dir: Path, model: str, task_name: str, seed: int) -> Path:
+    """Name the folder of a cell.
+
+    Args:
+        work_dir: Folder for the models of all cells.
+        model: Model to start from.
+        task_name: Name of the task.
+        seed: Seed of the cell.
+
+    Returns:
+        Path of a folder that may not exist yet.
+    """
+    return work_dir / Path(model).name / f"{task_name}-{seed}"
 
 
 class Cell(ABC):
@@ -112,7 +135,7 @@ class Cell(ABC):
         self.task_name = task_name
         self.seed = seed
         self.dataset_dir = dataset_dir
-        self.folder = work_dir / f"{task_name}-{seed}"
+        self.folder = cell_folder(work_dir, settings.model, task_name, seed)
         self.use_cpu = use_cpu
 
     @property
