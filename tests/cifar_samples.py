@@ -1,12 +1,31 @@
-"""A few synthetic images in the files of CIFAR-10."""
+"""A few synthetic images in the files of CIFAR-10, and tiny models that read them."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+from benchmarks.classifiers import Recipe
 from PIL import Image
 from pyarrow import parquet
+
+
+#: The same kinds of models, smaller.
+TINY = {
+    "vit": Recipe(
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 24,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        17,
+    ),
+    "convnext": Recipe({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
+    "resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
+}
 
 
 def picture(index: int, label: int) -> np.ndarray:

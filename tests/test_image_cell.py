@@ -11,8 +11,7 @@ import score_images
 import torch
 from benchmarks import image_cell, measurements
 from benchmarks.cell import Settings
-from benchmarks.classifiers import Recipe
-from cifar_samples import write_folder
+from cifar_samples import TINY, write_folder
 from glue_samples import tiny_classifier
 from torch import Tensor
 
@@ -20,21 +19,6 @@ from torch import Tensor
 NUM_TRAIN, NUM_TEST = 96, 20
 
 METHODS = [name for name in benchmark.METHODS if name not in benchmark.FOR_TEXTS]
-
-TINY = {
-    "resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
-    "vit": Recipe(
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 24,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        17,
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +106,7 @@ def test_a_saved_classifier_is_scored(data_dir: Path, tmp_path: Path, capsys: py
     ("changed", "message"),
     [
         pytest.param(["--model_name_or_path=alexnet"], "`model_name_or_path` 'alexnet': expected cifar10", id="model"),
-        pytest.param(["--tasks", "cifar10", "sst2"], "expected cifar10 by itself, with one of resnet", id="tasks"),
+        pytest.param(["--tasks", "cifar10", "sst2"], "expected cifar10 by itself, with one of vit", id="tasks"),
         pytest.param(["--max_train_samples", "0"], "`max_train_samples` is 0, expected at least 1", id="images"),
         pytest.param(["--methods", "fisher_oneshot"], "which know text models alone", id="method"),
     ],

@@ -7,31 +7,13 @@ import images
 import pytest
 import torch
 from benchmarks import classifiers, image_models
-from benchmarks.classifiers import Recipe
-from cifar_samples import write_folder
+from cifar_samples import TINY, write_folder
 from transformers import AutoModelForImageClassification
 
 from hf_vdneuron.architectures import find_sublayers
 
 
 NUM_TRAIN, NUM_TEST = 128, 20
-
-#: The same kinds of models, smaller.
-TINY = {
-    "vit": Recipe(
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 24,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        17,
-    ),
-    "convnext": Recipe({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4}, 64),
-    "resnet": Recipe({"hidden_sizes": [16, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}, 64),
-}
 
 
 @pytest.fixture(scope="module")

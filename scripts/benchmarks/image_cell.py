@@ -31,32 +31,27 @@ class ImageCell(Cell):
     trained on are the same ones.
     """
 
-    @cached_property
+    @property
     def recipe(self) -> Recipe:
-        """How the model is built.
-
-        Raises:
-            ValueError: If there is no such model.
-        """
-        if self.settings.model not in MODELS:
-            raise ValueError(
-                f"`model_name_or_path` is {self.settings.model!r}: expected one of {', '.join(MODELS)} for {CIFAR10}, "
-                "where models start at random"
-            )
+        """How the model is built."""
         return MODELS[self.settings.model]
 
-    @cached_property
-    def images(self) -> Images:
-        """Training images, the same for all seeds, and all test images.
+    @property
+    def data_dir(self) -> Path:
+        """Folder of the images.
 
         Raises:
-            ValueError: If there is no folder with the data.
+            ValueError: If none is given.
         """
         if self.dataset_dir is None:
             raise ValueError(f"{CIFAR10} needs `dataset_dir`, a folder with {CIFAR10}/train.parquet and test.parquet")
-        folder = Path(self.dataset_dir) / CIFAR10
-        num_examples = min(self.settings.max_train_samples, count_images(folder / "train.parquet"))
-        return load_images(folder, num_examples, validate=False, device=torch.device("cpu"))
+        return Path(self.dataset_dir) / CIFAR10
+
+    @cached_property
+    def images(self) -> Images:
+        """Training images, the same for all seeds, and all test images."""
+        num_examples = min(self.settings.max_train_samples, count_images(self.data_dir / "train.parquet"))
+        return load_images(self.data_dir, num_examples, validate=False, device=torch.device("cpu"))
 
     @property
     def length(self) -> int:
@@ -133,7 +128,7 @@ class ImageCell(Cell):
         """
         values = {
             "model_name_or_path": folder,
-            "data_dir": Path(str(self.dataset_dir)) / CIFAR10,
+            "data_dir": self.data_dir,
             "output_dir": output_dir,
             "num_examples": len(self.images.train),
             "per_device_eval_batch_size": EVAL_BATCH_SIZE,
